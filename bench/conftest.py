@@ -1,0 +1,145 @@
+"""Options of the benchmarks, and how samples measured elsewhere become pytest-benchmark results.
+
+pytest-benchmark times one function to its end before the next. Providers have to take turns
+instead, or clock drift decides who wins. So the first test of a group measures all its providers in
+turns (`measure_group`), and each test hands its own samples to pytest-benchmark through a clock
+that moves only by them: every statistic and the JSON are pytest-benchmark's own, computed from the
+interleaved samples.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure, providers
+from bench.measure import Outcome
+from bench.options import DTYPES, device
+from vidgen.shapes import SETS, AttentionShape
+
+NOT_MEASURED = pytest.StashKey[list[dict]]()
+STARTED = pytest.StashKey[float]()
+CLOCK = {"now": 0.0}
+
+
+def replay_clock() -> float:
+    return CLOCK["now"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vidgen", "vidgen benchmarks")
+    group.addoption("--shapes", default="*", help="shapes by name or pattern, comma-separated")
+    group.addoption(
+        "--shape-set",
+        choices=["auto", *SETS],
+        default="auto",
+        help="real on a GPU, reduced on a CPU, toy with --benchmark-disable (default: auto)",
+    )
+    group.addoption(
+        "--providers", default="", help="comma-separated (default: all but the slow ones)"
+    )
+    group.addoption(
+        "--dtype", default="", help="bf16, fp16, fp32, fp64 (default: bf16 on a GPU, else fp32)"
+    )
+    group.addoption(
+        "--seconds", type=float, default=float("inf"), help="start no shape after this time"
+    )
+    group.addoption(
+        "--skip-shapes", default="", help="shapes not to measure, by name, comma-separated"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOT_MEASURED] = []
+    config.stash[STARTED] = time.monotonic()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(measure.CPU_THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.filterwarnings("default"))  # peers warn as they like
+            item.add_marker(pytest.mark.benchmark(timer=replay_clock))
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest):
+    """``measured(shape, dtype, backward)``: what became of each collected provider of a group.
+
+    Tests of a group are neighbours, so one group is kept.
+    """
+    config, last = request.config, {}
+
+    def outcomes(shape: AttentionShape, dtype: str, backward: bool) -> dict[str, Outcome]:
+        key = shape, dtype, backward
+        if key not in last:
+            last.clear()
+            collected = [i.callspec.params for i in request.session.items if hasattr(i, "callspec")]
+            wanted = {p["provider"] for p in collected if p.get("shape") is shape}
+            selected = [p for p in providers.PROVIDERS.values() if p.name in wanted]
+            if time.monotonic() - config.stash[STARTED] > config.getoption("--seconds"):
+                last[key] = {p.name: Outcome("postponed", "time is up") for p in selected}
+            else:
+                once = config.getoption("benchmark_disable")
+                last[key] = measure.measure_group(
+                    shape, DTYPES[dtype], backward, selected, device(), once=once
+                )
+        return last[key]
+
+    return outcomes
+
+
+@pytest.fixture
+def record(benchmark, request: pytest.FixtureRequest):
+    """``record(outcome, labels, dtype, flops)``: the samples, or why there are none."""
+
+    def record(outcome: Outcome, labels: dict[str, str], dtype: str, flops: float, **more) -> None:
+        labels = {**labels, "dtype": dtype}
+        if outcome.status != "measured":
+            request.config.stash[NOT_MEASURED].append(
+                {
+                    **labels,
+                    "status": outcome.status,
+                    "reason": outcome.reason,
+                    "max_error": outcome.max_error,
+                }
+            )
+            broken = outcome.status in ("wrong", "failed") and labels["provider"] == "ours"
+            (pytest.fail if broken else pytest.skip)(f"{outcome.status}: {outcome.reason}")
+        samples = outcome.samples[labels["direction"]]
+        remaining = iter(samples)
+
+        def replay() -> None:
+            CLOCK["now"] += next(remaining)
+
+        benchmark.pedantic(replay, rounds=len(samples), iterations=1)
+        if benchmark.disabled:
+            return
+        median = benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            **labels,
+            median_ms=median * 1e3,
+            tflops=flops / median / 1e12,
+            fraction_of_peak=flops / median / measure.peak_flops(DTYPES[dtype], device()),
+            peak_memory_mb=outcome.peak_memory_mb,
+            max_error=outcome.max_error,
+            mask_ms=outcome.mask_ms,
+            launch=outcome.launch,
+            **measure.environment(),
+            **more,
+        )
+
+    return record
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info.pop("node", None)  # the host's name is nobody's business
+    machine_info.update(measure.environment(), threads=torch.get_num_threads())
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:
+    output_json["not_measured"] = config.stash[NOT_MEASURED]

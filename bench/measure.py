@@ -1,0 +1,277 @@
+"""How a call is measured: agreement first, then providers in turns, from a cold cache.
+
+A GPU is timed by CUDA events around the replay of a CUDA graph (a call that cannot be captured is
+launched eagerly, and says so), the L2 cache flushed before every sample; the flush also keeps the
+GPU busy while the host launches what is timed. A CPU is timed by its monotonic clock.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import triton
+
+from bench.cases import TOLERANCE, Case
+from bench.providers import Provider
+from vidgen.shapes import AttentionShape
+
+Step = Callable[[], None]
+
+CPU_THREADS = 2
+MIN_SAMPLES, MAX_SAMPLES = 5, 40
+SECONDS_PER_PROVIDER = {"cuda": 0.25, "cpu": 1.0}
+FLUSH_BYTES = 256 << 20  # several times any L2 cache
+
+
+@dataclass
+class Outcome:
+    """What became of one provider in one group."""
+
+    status: str = "measured"  # or "unavailable", "wrong", "failed"
+    reason: str = ""
+    samples: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds
+    max_error: float | None = None
+    mask_ms: float | None = None  # mask creation, once per layout and not part of the samples
+    peak_memory_mb: float | None = None
+    launch: str = ""  # "graph", "eager" or "cpu"
+
+
+def measure_group(
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    backward: bool,
+    providers: list[Provider],
+    device: torch.device,
+    once: bool = False,
+) -> dict[str, Outcome]:
+    """Every provider on one shape: checked, then timed in turns. ``once``: one call each.
+
+    With ``backward`` each sample is a forward and the backward that follows, timed one by one.
+    """
+    torch.compiler.reset()  # past eight shapes a compiled function would silently run uncompiled
+    case = Case.make(shape, dtype, device)
+    outcomes = {provider.name: Outcome() for provider in providers}
+    calls = {}
+    for provider in providers:
+        outcome = outcomes[provider.name]
+        reason = provider.missing(device) or provider.refuses(case, backward)
+        if reason:
+            outcome.status, outcome.reason = "unavailable", reason
+            continue
+        with _recording_failure(outcome):
+            calls[provider.name] = _prepare(provider, case, backward, outcome)
+    _interleave({n: c for n, c in calls.items() if c}, outcomes, device, once)
+    calls.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the graphs' pools
+    return outcomes
+
+
+def _prepare(provider: Provider, case: Case, backward: bool, outcome: Outcome) -> list[Step] | None:
+    """The steps to time, or None where the provider computes something else."""
+    provider.setup(case)  # compiles what mask creation compiles
+    start = time.perf_counter()
+    attention = provider.setup(case)
+    _synchronize(case.device)
+    outcome.mask_ms = (time.perf_counter() - start) * 1e3
+    outcome.max_error = case.disagreement(attention, backward)
+    if not outcome.max_error <= TOLERANCE[case.dtype]:  # so that NaN is wrong
+        outcome.status = "wrong"
+        outcome.reason = f"error {outcome.max_error:.1e}, allowed {TOLERANCE[case.dtype]:.0e}"
+        return None
+    steps = make_steps(case, attention, backward)
+    outcome.peak_memory_mb = peak_memory(steps, case.device) / 2**20
+    outcome.launch = "cpu" if case.device.type == "cpu" else "graph"
+    if outcome.launch == "graph":
+        try:
+            return captured(steps)
+        except RuntimeError:  # a call that allocates or reads back in a way a graph forbids
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            outcome.launch = "eager"
+    return steps
+
+
+def make_steps(case: Case, attention, backward: bool) -> list[Step]:
+    """``[forward]`` without gradients, or ``[forward, backward]``."""
+    if not backward:
+
+        def inference() -> None:
+            with torch.no_grad():
+                attention(case.q, case.k, case.v)
+
+        return [inference]
+    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    live = {}
+
+    def forward() -> None:
+        live["grads"] = None  # memory of the call before
+        live["out"] = attention(*leaves)
+
+    def backward_() -> None:
+        live["grads"] = torch.autograd.grad(live.pop("out"), leaves, case.do)
+
+    return [forward, backward_]
+
+
+def captured(steps: list[Step]) -> list[Step]:
+    """The same steps as CUDA graphs that share one memory pool and are replayed in order."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graphs, pool = [], torch.cuda.graph_pool_handle()
+    for step in steps:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+        graphs.append(graph)
+    return [graph.replay for graph in graphs]
+
+
+def _interleave(
+    calls: dict[str, list[Step]], outcomes: dict[str, Outcome], device: torch.device, once: bool
+) -> None:
+    """Rounds of one sample each in rotating order: clock drift and warmth fall on all alike.
+
+    A provider leaves when it has used its time and has its samples, so that slow ones do not thin
+    out the rest.
+    """
+    names = list(calls)
+    if not once:
+        warm_up = {name: Outcome() for name in names}
+        _interleave_round(names, calls, warm_up, device)
+    limit = SECONDS_PER_PROVIDER[device.type]
+    spent = dict.fromkeys(names, 0.0)
+    for turn in range(1 if once else MAX_SAMPLES):
+        start = turn % max(len(names), 1)
+        active = [
+            name
+            for name in names[start:] + names[:start]
+            if outcomes[name].status == "measured" and (turn < MIN_SAMPLES or spent[name] < limit)
+        ]
+        for name, seconds in _interleave_round(active, calls, outcomes, device).items():
+            spent[name] += seconds
+
+
+def _interleave_round(names, calls, outcomes, device) -> dict[str, float]:
+    """One sample of each; the seconds it took."""
+    spent = {}
+    for name in names:
+        with _recording_failure(outcomes[name]):
+            times = time_steps(calls[name], device)
+            spent[name] = sum(times)
+            samples = outcomes[name].samples
+            if len(times) == 1:
+                samples.setdefault("fwd", []).append(times[0])
+            else:
+                samples.setdefault("bwd", []).append(times[1])
+                samples.setdefault("fwd+bwd", []).append(sum(times))
+    return spent
+
+
+@contextmanager
+def _recording_failure(outcome: Outcome):
+    """Running out of memory, or a peer that raises, is a result and not the end of the run."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        outcome.status, outcome.reason = "failed", "out of memory"
+    except Exception as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        outcome.status, outcome.reason = "failed", f"{type(error).__name__}: {first_line[:200]}"
+    if outcome.status == "failed":
+        outcome.samples.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def time_steps(steps: list[Step], device: torch.device) -> list[float]:
+    """Seconds of each step, run one after another."""
+    if device.type == "cpu":
+        marks = [time.perf_counter()]
+        for step in steps:
+            step()
+            marks.append(time.perf_counter())
+        return [b - a for a, b in pairwise(marks)]
+    _flush_buffer().zero_()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    events[0].record()
+    for step, event in zip(steps, events[1:], strict=True):
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+
+
+@cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(steps: list[Step], device: torch.device) -> int:
+    """Most bytes that running the steps holds at once, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for step in steps:
+            step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        for step in steps:
+            step()
+    assert profile.kineto_results is not None
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@cache
+def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large matrix product: what this machine does at best in this dtype, today."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(time_steps([lambda: a @ b], device)[0] for _ in range(12))
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Where and with what the numbers were taken."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if has_gpu else "cpu",
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda or "" if has_gpu else "",
+    }
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    root = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

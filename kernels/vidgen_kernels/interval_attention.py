@@ -1,0 +1,571 @@
+"""Attention where every query sees at most three intervals of keys: forward, dQ, dK/dV.
+
+    s_ij = softmax_scale * q_i . k_j            for j in the intervals of i, else -inf
+    lse_i = log sum_j exp(s_ij)                 natural log, -inf for a row that sees nothing
+    out_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i)
+    delta_i = do_i . out_i - dlse_i
+    ds_ij = p_ij (do_i . v_j - delta_i)
+    dq_i = softmax_scale * sum_j ds_ij k_j      dk_j = softmax_scale * sum_i ds_ij q_i
+    dv_j = sum_i p_ij do_i
+
+Shapes: q, out, do, dq [B, H, Tq, D]; k, v, dk, dv [B, Hkv, Tk, D]; lse, dlse, delta [B, H, Tq].
+
+A program owns one tile of rows (queries for forward and dQ, keys for dK/dV) and, per interval, sweeps
+the other side in tiles from the smallest begin of its rows to the largest end. Tiles between the
+largest begin and the smallest end are common to all rows and carry no mask code; only the ragged ones
+at either end are masked. With frames of some hundred tokens nearly every tile is of the first kind.
+dK/dV works on the transposed scores with the transposed intervals, so nothing is added atomically and
+gradients are bitwise repeatable. Exponentials are base 2, log2(e) folded into the scale.
+
+FlashAttention-2 (arXiv 2307.08691) without causal blocks; used by Pyramid Flow (2410.05954),
+NOVA (2412.14169) and causal Wan models (CausVid 2412.07772, Self-Forcing 2506.08009).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import portable
+from ._triton import (
+    LN2,
+    LOG2E,
+    accumulator_dtype,
+    architecture,
+    dot_precision,
+    is_interpreted,
+    scalar,
+)
+from .configs import lookup
+from .intervals import IntervalMask
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _head_ptr(ptr, head, n_heads, stride):
+    """First token of a head; ``head`` counts over all batch rows."""
+    batch = (head // n_heads).to(tl.int64)
+    return ptr + batch * stride[0] + (head % n_heads).to(tl.int64) * stride[1]
+
+
+@triton.jit
+def _tile_ptrs(ptr, head, n_heads, stride, offs_t, offs_d):
+    """Pointers [rows, BLOCK_D] to tokens ``offs_t`` of a head; offsets are 64-bit."""
+    head_ptr = _head_ptr(ptr, head, n_heads, stride)
+    return head_ptr + offs_t.to(tl.int64)[:, None] * stride[2] + offs_d[None, :]
+
+
+@triton.jit
+def _load_tile(ptrs, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MASK: tl.constexpr):
+    """Rows [rows, BLOCK_D], zeros past ``HEAD_DIM`` and, with ``MASK``, past ``n_tokens``."""
+    if MASK:
+        mask = (offs_t < n_tokens)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        x = tl.load(ptrs, mask=mask, other=0.0)
+    elif offs_d.shape[0] == HEAD_DIM:
+        x = tl.load(ptrs)
+    else:
+        x = tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _store_tile(ptrs, x, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr):
+    mask = (offs_t < n_tokens)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_interval(begin_ptr, end_ptr, offs_t, n_tokens):
+    # Rows past the end repeat the last one, so that they neither widen nor narrow the sweep.
+    row = tl.minimum(offs_t, n_tokens - 1)
+    return tl.load(begin_ptr + row), tl.load(end_ptr + row)
+
+
+@triton.jit
+def _sweep(begin, end, BLOCK: tl.constexpr):
+    """The tiles a sweep visits: ``first + t * BLOCK`` for t < n_tiles, mask-free for n_head <= t < n_head + n_full."""
+    first = tl.min(tl.where(begin < end, begin, 2147483647), 0)
+    last = tl.max(end, 0)
+    n_tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK)
+    n_head = tl.cdiv(tl.maximum(tl.max(begin, 0) - first, 0), BLOCK)
+    n_full = tl.maximum(tl.min(end, 0) - first - n_head * BLOCK, 0) // BLOCK
+    return first, n_tiles, n_head, n_full
+
+
+@triton.jit
+def _is_inside(offs, begin, end):
+    return (offs[None, :] >= begin[:, None]) & (offs[None, :] < end[:, None])
+
+
+@triton.jit
+def _fwd_tile(
+    acc, l_i, m_i, q, k_ptrs, v_ptrs, start, begin, end, n_keys, stride_kt, stride_vt, offs_n, offs_d, scale,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One online-softmax step over keys ``start + offs_n``; running max m_i in log2 units."""
+    k = _load_tile(
+        k_ptrs + start.to(tl.int64) * stride_kt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
+    )
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
+    if MASK:
+        qk = tl.where(_is_inside(start + offs_n, begin, end), qk, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+    # A row that has seen nothing yet has m_new = -inf; exp2(-inf - 0) = 0 where -inf + inf would be NaN.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASK else m_new
+    p = tl.exp2(qk * scale - shift[:, None])
+    alpha = tl.exp2(m_i - shift)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    v = _load_tile(
+        v_ptrs + start.to(tl.int64) * stride_vt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
+    )
+    acc = tl.dot(
+        p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=acc.dtype
+    )
+    return acc, l_i, m_new
+
+
+@triton.jit
+def _interval_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, end_ptr,
+    stride_q, stride_k, stride_v, stride_out,  # (batch, head, token)
+    stride_table,  # (interval, batch) of begin and end
+    n_heads, n_kv_heads, n_queries, n_keys,
+    softmax_scale: tl.float64,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INTERVALS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_tiles_m = tl.cdiv(n_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // n_tiles_m  # of all batch rows: their tiles are neighbours and share K and V in L2
+    kv_head = head // (n_heads // n_kv_heads)
+    pid_m = n_tiles_m - 1 - pid % n_tiles_m  # the last queries see the most keys: heavy tiles first
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    scale = scalar(softmax_scale, ACC) * LOG2E
+
+    q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
+    k_ptrs = _tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
+    v_ptrs = _tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    table_offset = (head // n_heads).to(tl.int64) * stride_table[1]
+    q = _load_tile(q_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    l_i = tl.zeros([BLOCK_M], ACC)
+    m_i = tl.full([BLOCK_M], float("-inf"), ACC)
+    for i in tl.static_range(INTERVALS):
+        table = i * stride_table[0] + table_offset
+        begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
+        first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_N)
+        for t in range(n_tiles - n_full):
+            tile = tl.where(t < n_head, t, t + n_full)
+            acc, l_i, m_i = _fwd_tile(
+                acc, l_i, m_i, q, k_ptrs, v_ptrs, first + tile * BLOCK_N, begin, end, n_keys,
+                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, True,
+            )  # fmt: skip
+        for t in range(n_full):
+            acc, l_i, m_i = _fwd_tile(
+                acc, l_i, m_i, q, k_ptrs, v_ptrs, first + (n_head + t) * BLOCK_N, begin, end, n_keys,
+                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, False,
+            )  # fmt: skip
+
+    is_empty = l_i == 0.0
+    acc = acc / tl.where(is_empty, 1.0, l_i)[:, None]
+    lse = tl.where(is_empty, float("-inf"), m_i * LN2 + tl.log(tl.where(is_empty, 1.0, l_i)))
+    out_ptrs = _tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
+    _store_tile(out_ptrs, acc, offs_m, n_queries, offs_d, HEAD_DIM)
+    tl.store(lse_ptr + head.to(tl.int64) * n_queries + offs_m, lse, mask=offs_m < n_queries)
+
+
+@triton.jit
+def _dq_tile(
+    dq, q, do, lse2, delta, k_ptrs, v_ptrs, start, begin, end, n_keys, stride_kt, stride_vt, offs_n, offs_d, scale,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    k = _load_tile(
+        k_ptrs + start.to(tl.int64) * stride_kt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
+    )
+    v = _load_tile(
+        v_ptrs + start.to(tl.int64) * stride_vt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
+    )
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)
+    p = tl.exp2(qk * scale - lse2[:, None])
+    if MASK:
+        p = tl.where(_is_inside(start + offs_n, begin, end), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+
+
+@triton.jit
+def _interval_attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, begin_ptr, end_ptr,
+    stride_q, stride_k, stride_v, stride_out, stride_do, stride_dq, stride_dlse,
+    stride_table,  # (interval, batch) of begin and end
+    n_heads, n_kv_heads, n_queries, n_keys,
+    softmax_scale: tl.float64,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INTERVALS: tl.constexpr, HAS_DLSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of queries; also writes lse in log2 units and delta, which dK/dV reads."""
+    n_tiles_m = tl.cdiv(n_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // n_tiles_m
+    kv_head = head // (n_heads // n_kv_heads)
+    pid_m = n_tiles_m - 1 - pid % n_tiles_m
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    scale = scalar(softmax_scale, ACC) * LOG2E
+
+    do_ptrs = _tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
+    do = _load_tile(do_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    out_ptrs = _tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
+    out = _load_tile(out_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
+    row = head.to(tl.int64) * n_queries + offs_m
+    if HAS_DLSE:
+        dlse_ptrs = (
+            _head_ptr(dlse_ptr, head, n_heads, stride_dlse) + offs_m.to(tl.int64) * stride_dlse[2]
+        )
+        delta -= tl.load(dlse_ptrs, mask=offs_m < n_queries, other=0.0)
+    lse2 = tl.load(lse_ptr + row, mask=offs_m < n_queries, other=0.0) * LOG2E
+    tl.store(delta_ptr + row, delta, mask=offs_m < n_queries)
+    tl.store(lse2_ptr + row, lse2, mask=offs_m < n_queries)
+
+    q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
+    q = _load_tile(q_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    k_ptrs = _tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
+    v_ptrs = _tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    table_offset = (head // n_heads).to(tl.int64) * stride_table[1]
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    for i in tl.static_range(INTERVALS):
+        table = i * stride_table[0] + table_offset
+        begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
+        first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_N)
+        for t in range(n_tiles - n_full):
+            tile = tl.where(t < n_head, t, t + n_full)
+            dq = _dq_tile(
+                dq, q, do, lse2, delta, k_ptrs, v_ptrs, first + tile * BLOCK_N, begin, end, n_keys,
+                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, True,
+            )  # fmt: skip
+        for t in range(n_full):
+            dq = _dq_tile(
+                dq, q, do, lse2, delta, k_ptrs, v_ptrs, first + (n_head + t) * BLOCK_N, begin, end, n_keys,
+                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, False,
+            )  # fmt: skip
+
+    dq_ptrs = _tile_ptrs(dq_ptr, head, n_heads, stride_dq, offs_m, offs_d)
+    _store_tile(dq_ptrs, dq * scalar(softmax_scale, ACC), offs_m, n_queries, offs_d, HEAD_DIM)
+
+
+@triton.jit
+def _dkdv_tile(
+    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr, delta_ptr, start, begin, end, n_queries, stride_qt, stride_dot,
+    offs_m, offs_d, scale,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Adds what queries ``start + offs_m`` give to a tile of keys; scores are [keys, queries]."""
+    query = start + offs_m
+    q = _load_tile(
+        q_ptrs + start.to(tl.int64) * stride_qt, query, n_queries, offs_d, HEAD_DIM, MASK
+    )
+    do = _load_tile(
+        do_ptrs + start.to(tl.int64) * stride_dot, query, n_queries, offs_d, HEAD_DIM, MASK
+    )
+    in_range = query < n_queries if MASK else None
+    lse2 = tl.load(lse2_ptr + query, mask=in_range)
+    delta = tl.load(delta_ptr + query, mask=in_range)
+    kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
+    p = tl.exp2(kq * scale - lse2[None, :])
+    if MASK:
+        p = tl.where(_is_inside(query, begin, end), p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dk.dtype)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    return dk, dv
+
+
+@triton.jit
+def _interval_attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, begin_ptr, end_ptr,
+    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
+    stride_table,  # (interval, batch) of begin and end
+    n_heads, n_kv_heads, n_queries, n_keys,
+    softmax_scale: tl.float64,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, INTERVALS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a tile of keys, summed over the query heads that share it."""
+    n_tiles_n = tl.cdiv(n_keys, BLOCK_N)
+    pid = tl.program_id(0)
+    kv_head = pid // n_tiles_n
+    pid_n = pid % n_tiles_n  # the first keys are seen by the most queries: heavy tiles first
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    scale = scalar(softmax_scale, ACC) * LOG2E
+
+    k_ptrs = _tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
+    v_ptrs = _tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    k = _load_tile(k_ptrs, offs_n, n_keys, offs_d, HEAD_DIM, True)
+    v = _load_tile(v_ptrs, offs_n, n_keys, offs_d, HEAD_DIM, True)
+    table_offset = (kv_head // n_kv_heads).to(tl.int64) * stride_table[1]
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
+        q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
+        do_ptrs = _tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
+        row_offset = head.to(tl.int64) * n_queries
+        for i in tl.static_range(INTERVALS):
+            table = i * stride_table[0] + table_offset
+            begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_n, n_keys)
+            first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_M)
+            for t in range(n_tiles - n_full):
+                tile = tl.where(t < n_head, t, t + n_full)
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr + row_offset, delta_ptr + row_offset,
+                    first + tile * BLOCK_M, begin, end, n_queries, stride_q[2], stride_do[2],
+                    offs_m, offs_d, scale, HEAD_DIM, PRECISION, True,
+                )  # fmt: skip
+            for t in range(n_full):
+                dk, dv = _dkdv_tile(
+                    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr + row_offset, delta_ptr + row_offset,
+                    first + (n_head + t) * BLOCK_M, begin, end, n_queries, stride_q[2], stride_do[2],
+                    offs_m, offs_d, scale, HEAD_DIM, PRECISION, False,
+                )  # fmt: skip
+
+    dk_ptrs = _tile_ptrs(dk_ptr, kv_head, n_kv_heads, stride_dk, offs_n, offs_d)
+    dv_ptrs = _tile_ptrs(dv_ptr, kv_head, n_kv_heads, stride_dv, offs_n, offs_d)
+    _store_tile(dk_ptrs, dk * scalar(softmax_scale, ACC), offs_n, n_keys, offs_d, HEAD_DIM)
+    _store_tile(dv_ptrs, dv, offs_n, n_keys, offs_d, HEAD_DIM)
+
+
+def _launch_fwd(
+    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_fwd(q)
+    config = lookup("fwd", q.shape[-1], q.dtype, architecture(q))
+    grid = (triton.cdiv(q.shape[2], config.block_m) * q.shape[0] * q.shape[1],)
+    if grid[0]:
+        _interval_attention_fwd_kernel[grid](
+            q, k, v, out, lse, begin, end,
+            *(x.stride()[:3] for x in (q, k, v, out)),
+            _table_strides(begin),
+            *_sizes(q, k), softmax_scale,
+            **_constants(q, begin), **config.kwargs(),
+        )  # fmt: skip
+    return out, lse
+
+
+def _launch_bwd(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = _empty_bwd(q, k, v)
+    do = do if do.stride(-1) == 1 else do.contiguous()  # e.g. the expanded gradient of a sum
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    config = lookup("dq", q.shape[-1], q.dtype, architecture(q))
+    grid = (triton.cdiv(q.shape[2], config.block_m) * q.shape[0] * q.shape[1],)
+    if grid[0]:
+        _interval_attention_bwd_dq_kernel[grid](
+            q, k, v, out, do, dq, lse, dlse, lse2, delta, q_begin, q_end,
+            *(x.stride()[:3] for x in (q, k, v, out, do, dq, lse if dlse is None else dlse)),
+            _table_strides(q_begin),
+            *_sizes(q, k), softmax_scale, HAS_DLSE=dlse is not None,
+            **_constants(q, q_begin), **config.kwargs(),
+        )  # fmt: skip
+    config = lookup("dkdv", q.shape[-1], q.dtype, architecture(q))
+    grid = (triton.cdiv(k.shape[2], config.block_n) * k.shape[0] * k.shape[1],)
+    if grid[0]:
+        _interval_attention_bwd_dkdv_kernel[grid](
+            q, k, v, do, dk, dv, lse2, delta, k_begin, k_end,
+            *(x.stride()[:3] for x in (q, k, v, do, dk, dv)),
+            _table_strides(k_begin),
+            *_sizes(q, k), softmax_scale, GROUP=q.shape[1] // k.shape[1],
+            **_constants(q, k_begin), **config.kwargs(),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    return q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+
+
+def _table_strides(begin: Tensor) -> tuple[int, int]:
+    """Strides of an interval table ``[I, B or 1, T]`` over intervals and over batch rows."""
+    _, n_batch, n_tokens = begin.shape
+    return n_batch * n_tokens, n_tokens if n_batch > 1 else 0
+
+
+def _constants(q: Tensor, begin: Tensor) -> dict:
+    head_dim = q.shape[-1]
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INTERVALS": len(begin),
+        "ACC": accumulator_dtype(q.dtype),
+        "PRECISION": dot_precision(q.dtype),
+    }
+
+
+def _empty_fwd(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _empty_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@torch.library.custom_op("vidgen::interval_attention_fwd", mutates_args=(), device_types="cuda")
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor,
+    q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _launch_fwd(q, k, v, q_begin, q_end, softmax_scale)
+
+
+@forward_op.register_kernel("cpu")
+def _(q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale):
+    forward = _launch_fwd if is_interpreted() else portable.interval_attention_fwd
+    return forward(q, k, v, q_begin, q_end, softmax_scale)
+
+
+@forward_op.register_fake
+def _(q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale):
+    return _empty_fwd(q)
+
+
+@torch.library.custom_op("vidgen::interval_attention_bwd", mutates_args=(), device_types="cuda")
+def backward_op(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _launch_bwd(
+        do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
+    )  # fmt: skip
+
+
+@backward_op.register_kernel("cpu")
+def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale):
+    if is_interpreted():
+        return _launch_bwd(
+            do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
+        )
+    return portable.interval_attention_bwd(
+        do, dlse, q, k, v, out, lse, q_begin, q_end, softmax_scale
+    )
+
+
+@backward_op.register_fake
+def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale):
+    return _empty_bwd(q, k, v)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *tables, ctx.softmax_scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *tables)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, out, lse, *tables = ctx.saved_tensors
+    if do is None:
+        if dlse is None:
+            return (None,) * 8
+        do = torch.zeros_like(out)
+    dq, dk, dv = backward_op(do, dlse, q, k, v, out, lse, *tables, ctx.softmax_scale)
+    return dq, dk, dv, None, None, None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError("vidgen::interval_attention_bwd has no double backward")
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+backward_op.register_autograd(_no_double_backward)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError unless q, k, v are what the kernels take."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected shape [B, H, T, D], got {list(x.shape)}")
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            wanted = (
+                "one of " + ", ".join(map(str, DTYPES)) if name == "q" else f"{q.dtype} as q has"
+            )
+            raise ValueError(f"{name}: expected dtype {wanted}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}")
+    n_batch, n_heads, _, head_dim = q.shape
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected shape {list(k.shape)} as k has, got {list(v.shape)}")
+    if (k.shape[0], k.shape[3]) != (n_batch, head_dim):
+        expected = f"[{n_batch}, Hkv, Tk, {head_dim}]"
+        raise ValueError(f"k: expected shape {expected} to match q, got {list(k.shape)}")
+    if k.shape[1] == 0 or n_heads % k.shape[1]:
+        raise ValueError(f"k: expected a head count that divides {n_heads}, got {k.shape[1]}")
+
+
+def interval_attention(
+    q: Tensor,  # [B, H, Tq, D]
+    k: Tensor,  # [B, Hkv, Tk, D]
+    v: Tensor,  # [B, Hkv, Tk, D]
+    mask: IntervalMask,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention over the keys that ``mask`` lets each query see.
+
+    Args:
+        q, k, v: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim, D up to 256;
+            H a multiple of Hkv. Under autocast they are cast to its dtype (fp64 stays).
+        mask: built for these token counts, on the device of q.
+        softmax_scale: default ``1 / sqrt(D)``.
+        return_lse: also return the log-sum-exp of the scaled scores.
+
+    Returns:
+        out ``[B, H, Tq, D]`` in the dtype of q; rows that see nothing are 0.
+        lse ``[B, H, Tq]``, natural log, fp32 (fp64 for fp64 inputs), differentiable; -inf where empty.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or mask sizes that do not fit.
+        NotImplementedError: double backward.
+    """
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    if mask.device != q.device:
+        raise ValueError(f"mask: expected device {q.device} as q has, got {mask.device}")
+    if mask.batch_size not in (1, q.shape[0]):
+        raise ValueError(f"mask: expected batch 1 or {q.shape[0]}, got {mask.batch_size}")
+    intervals = mask.intervals(q.shape[2], k.shape[2])
+    q, scale = resolve_scale(q, softmax_scale)
+    out, lse = forward_op(q, k, v, *intervals, scale)
+    return (out, lse) if return_lse else out
+
+
+def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
+    """The scale and its default; one that is not positive goes into q (kernels scale after the max)."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return (q, scale) if scale > 0 else (q * scale, 1.0)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

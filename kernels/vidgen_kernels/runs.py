@@ -1,0 +1,178 @@
+"""Runs of tokens with the same visibility, and the intervals of the other side that they see.
+
+Legend: I intervals (at most 3), B batch rows of the mask (1 when all share it), R runs, T tokens.
+Positions are int32. What lies on a GPU is computed there and never read back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+MAX_INTERVALS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Consecutive tokens that see the same half-open intervals; an empty interval is 0..0."""
+
+    stop: Tensor | None  # [B or 1, R], one past the last token of a run; None: runs of one token
+    begin: Tensor  # [I, B or 1, R]
+    end: Tensor
+
+    @classmethod
+    def of(cls, edges: Tensor, intervals: Sequence[tuple[Tensor, Tensor]]) -> Runs:
+        """From run edges ``[R + 1]`` and intervals in any order, each a pair of ``[R]``."""
+        begin, end = (torch.stack(x)[:, None] for x in zip(*intervals, strict=True))
+        return cls(edges[None, 1:], *_tidy(begin, end, limit=len(intervals)))
+
+    @property
+    def batch_size(self) -> int:
+        return self.begin.shape[1]
+
+    @property
+    def starts(self) -> Tensor:
+        """First token of each run, ``[B or 1, R]``."""
+        if self.stop is None:
+            n_runs = self.begin.shape[-1]
+            return torch.arange(n_runs, dtype=torch.int32, device=self.begin.device)[None]
+        return pad(self.stop[:, :-1], (1, 0))
+
+    @property
+    def n_tokens(self) -> Tensor | int:
+        """Tokens covered, as a tensor where the lengths are one."""
+        if self.stop is None:
+            return self.begin.shape[-1]
+        return self.stop[0, -1] if self.stop.shape[-1] else 0
+
+    def expand(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """``begin`` and ``end`` of every token, contiguous ``[I, B or 1, n_tokens]``."""
+        if self.stop is None:
+            return self.begin.contiguous(), self.end.contiguous()
+        if on_host(self.stop):
+            return self._fill(n_tokens)
+        token = torch.arange(n_tokens, dtype=torch.int32, device=self.stop.device)
+        run = torch.searchsorted(self.stop, token.repeat(len(self.stop), 1), right=True)
+        run = run.clamp_(max=self.stop.shape[-1] - 1).expand(*self.begin.shape[:2], n_tokens)
+        return self.begin.gather(-1, run), self.end.gather(-1, run)
+
+    def _fill(self, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """`expand` on a CPU: a copy per run beats a gather, whose index alone is twice the result."""
+        table = torch.stack([self.begin, self.end])
+        out = table.new_empty(*table.shape[:3], n_tokens)
+        rows = (
+            [slice(None)]
+            if len(self.stop) == 1
+            else [slice(b, b + 1) for b in range(len(out[0, 0]))]
+        )
+        for row, stops in zip(rows, self.stop.tolist(), strict=True):
+            lengths = [hi - lo for lo, hi in itertools.pairwise([0, *stops])]
+            pieces = out[:, :, row].split(lengths, dim=-1)
+            for piece, value in zip(pieces, table[:, :, row].split(1, dim=-1), strict=True):
+                piece.copy_(value)
+        return out[0], out[1]
+
+    def split(self, points: Tensor) -> Runs:
+        """The same intervals on finer runs that also start at ``points`` ``[B, P]``."""
+        if self.stop is None:
+            return self
+        n_batch = max(len(self.stop), len(points))
+        old = self.stop.expand(n_batch, -1).contiguous()
+        stop = torch.cat([old, points.expand(n_batch, -1)], dim=-1).sort(dim=-1).values
+        run = torch.searchsorted(old, pad(stop[:, :-1], (1, 0)), right=True)
+        run = run.clamp_(max=old.shape[-1] - 1).expand(len(self.begin), n_batch, -1)
+        begin, end = (x.expand(-1, n_batch, -1).gather(-1, run) for x in (self.begin, self.end))
+        return Runs(stop, begin, end)
+
+    def without(self, begin: Tensor, end: Tensor) -> Runs:
+        """The intervals less ``begin..end`` ``[B, 1]``, which makes at most one more of them."""
+        left = torch.broadcast_tensors(self.begin, self.end.minimum(begin))
+        right = torch.broadcast_tensors(self.begin.maximum(end), self.end)
+        pieces = (torch.cat(x) for x in zip(left, right, strict=True))
+        return Runs(self.stop, *_tidy(*pieces, limit=len(self.begin) + 1))
+
+    def emptied(self, begin: Tensor, end: Tensor) -> Runs:
+        """No intervals for the runs that start in ``begin..end`` ``[B, 1]``."""
+        keep = ((self.starts < begin) | (self.starts >= end)).to(torch.int32)
+        return Runs(self.stop, self.begin * keep, self.end * keep)
+
+    def to(self, device: torch.device) -> Runs:
+        # non_blocking: the driver stages these few bytes; a blocking copy would wait for the GPU
+        stop = None if self.stop is None else self.stop.to(device, non_blocking=True)
+        begin, end = (x.to(device, non_blocking=True) for x in (self.begin, self.end))
+        return Runs(stop, begin, end)
+
+
+def concatenate(runs: Sequence[Runs], others: Sequence[Runs]) -> Runs:
+    """Runs one after another; ``others``, the other side of each, say how far its intervals move."""
+    n_intervals = max(len(r.begin) for r in runs)
+    n_batch = max(r.batch_size for r in runs)
+    stops, begins, ends = [], [], []
+    row_offset = offset = torch.zeros((), dtype=torch.int32, device=runs[0].begin.device)
+    for run, other in zip(runs, others, strict=True):
+        begin, end = (
+            pad(x, (0, 0, 0, 0, 0, n_intervals - len(x))).expand(-1, n_batch, -1)
+            for x in (run.begin, run.end)
+        )
+        shift = torch.where(begin < end, offset, 0)
+        stop = run.starts + 1 if run.stop is None else run.stop
+        stops.append(stop.expand(n_batch, -1) + row_offset)
+        begins.append(begin + shift)
+        ends.append(end + shift)
+        row_offset = row_offset + run.n_tokens
+        offset = offset + other.n_tokens
+    return Runs(*(torch.cat(x, dim=-1) for x in (stops, begins, ends)))
+
+
+def on_host(x: Tensor) -> bool:
+    """True where looking at values costs nothing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def require(condition: Tensor, message: str) -> None:
+    """ValueError where the value can be looked at for free, else an assertion on its device."""
+    if not on_host(condition):
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+def _tidy(begin: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Sorts the intervals of each run, merges touching ones, drops empty ones.
+
+    On a CPU as many are kept as some run needs. On a GPU nothing can be looked at: ``limit`` are
+    kept, the most that the construction can need.
+    """
+    begin, end = _by_begin(begin, end)
+    for s in range(len(begin) - 1):  # an interval that touches the next one is carried into it
+        touches = (begin[s + 1] <= end[s]) & (begin[s + 1] < end[s + 1])
+        carried, rest = torch.where(touches, begin[s], begin[s + 1]), end[s].masked_fill(touches, 0)
+        begin = torch.cat([begin[: s + 1], carried[None], begin[s + 2 :]])
+        end = torch.cat([end[:s], rest[None], end[s + 1 :]])
+    begin, end = _by_begin(begin, end)
+    is_empty = begin >= end
+    begin, end = (x.masked_fill(is_empty, 0).to(torch.int32) for x in (begin, end))
+    message = f"mask: expected at most {MAX_INTERVALS} intervals per token"
+    if on_host(begin):
+        used = int((~is_empty).flatten(1).any(dim=1).sum())
+        if used > MAX_INTERVALS:
+            raise ValueError(f"{message}, got {used}")
+        return begin[: max(used, 1)], end[: max(used, 1)]
+    if limit > MAX_INTERVALS:
+        require(is_empty[MAX_INTERVALS:].all(), message)
+    limit = min(limit, MAX_INTERVALS)
+    return begin[:limit], end[:limit]
+
+
+def _by_begin(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Intervals in order of their begin, empty ones last."""
+    if len(begin) == 1:
+        return begin, end
+    key = begin.masked_fill(begin >= end, torch.iinfo(torch.int32).max)
+    order = key.argsort(dim=0, stable=True)
+    return begin.gather(0, order), end.gather(0, order)

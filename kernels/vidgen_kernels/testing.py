@@ -1,0 +1,258 @@
+"""Random masks and tensors, and the one rule by which results are compared. For tests, benchmarks and fuzzing.
+
+A random mask is first a *recipe*, nested data that prints as the calls that build it; `build_mask` makes the
+`IntervalMask` of it, `dense_mask` its definition in `reference`.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .intervals import BlockLengths, IntervalMask
+from .runs import MAX_INTERVALS
+
+EXACT = 1e-12  # what summing in another order may cost in fp64
+
+Recipe = tuple[str, dict[str, Any]]  # constructor of IntervalMask, its arguments
+Gradients = tuple[Tensor | None, ...]
+
+
+class Layout(NamedTuple):
+    recipe: Recipe
+    mask: IntervalMask
+    dense: Tensor  # bool [B or 1, Tq, Tk]
+
+
+def random_layout(
+    rng: random.Random, max_tokens: int, device: str = "cpu", as_tensors: bool = False
+) -> Layout:
+    """A mask of any kind or combination that three intervals can say, at most ``max_tokens`` a side."""
+    while True:
+        recipe = random_recipe(rng, max_tokens)
+        dense = dense_mask(recipe)
+        if intervals_needed(dense) <= MAX_INTERVALS:
+            mask = build_mask(recipe, device, as_tensors)
+            return Layout(recipe, mask, dense.to(device))
+
+
+def random_recipe(rng: random.Random, max_tokens: int) -> Recipe:
+    return _random_recipe(rng, max_tokens, n_batch=rng.choice([1, 1, 2, 3]), depth=2)
+
+
+def _random_recipe(rng: random.Random, max_tokens: int, n_batch: int, depth: int) -> Recipe:
+    kinds = ["block_causal", "block_causal", "teacher_forcing", "full", "from_ranks"]
+    kind = rng.choice([*kinds, "pack", "pad_text", "pad_text"] if depth else kinds)
+    if kind == "block_causal":
+        lengths = _random_lengths(rng, max_tokens)
+        start = rng.choice([0, rng.randint(0, len(lengths))])
+        blocks = rng.choice([None, range(start, rng.randint(start, len(lengths)))])
+        return kind, {"block_lengths": lengths, "query_blocks": blocks, **_random_window(rng)}
+    if kind == "teacher_forcing":
+        lengths = _random_lengths(rng, max_tokens // 2)
+        return kind, {"block_lengths": lengths, **_random_window(rng)}
+    if kind == "full":
+        q_lengths = _random_lengths(rng, max_tokens)
+        k_lengths = _random_lengths(rng, max_tokens, n_blocks=len(q_lengths))
+        return kind, {"q_lengths": q_lengths, "k_lengths": rng.choice([q_lengths, k_lengths])}
+    if kind == "from_ranks":
+        ranks = [_random_ranks(rng, max_tokens, n_batch) for _ in range(2)]
+        return kind, {"rank_q": ranks[0], "rank_k": rng.choice([None, ranks[1]])}
+    if kind == "pack":
+        n_parts = rng.randint(1, 3)
+        parts = [
+            _random_recipe(rng, max_tokens // n_parts, n_batch, depth - 1) for _ in range(n_parts)
+        ]
+        return kind, {"masks": parts}
+    inner = _random_recipe(rng, max_tokens, n_batch, depth - 1)
+    text_length = rng.randint(0, _text_limit(inner))
+    valid = [rng.randint(0, text_length) for _ in range(n_batch)]
+    return kind, {"mask": inner, "text_length": text_length, "valid_lengths": valid}
+
+
+def build_mask(recipe: Recipe, device: str = "cpu", as_tensors: bool = False) -> IntervalMask:
+    """The `IntervalMask` of a recipe, from ints or from tensors that already are on the device."""
+
+    def lengths(x: list[int]) -> BlockLengths:
+        return torch.tensor(x, dtype=torch.int64, device=device) if as_tensors else x
+
+    kind, args = recipe
+    if kind == "pack":
+        return IntervalMask.pack([build_mask(m, device, as_tensors) for m in args["masks"]])
+    if kind == "pad_text":
+        inner = build_mask(args["mask"], device, as_tensors)
+        return IntervalMask.pad_text(inner, args["text_length"], lengths(args["valid_lengths"]))
+    if kind == "from_ranks":
+        ranks = (
+            None if x is None else torch.tensor(x, device=device, dtype=torch.int64)
+            for x in args.values()
+        )
+        return IntervalMask.from_ranks(*ranks)  # pyright: ignore[reportArgumentType]
+    args = {name: lengths(x) if name.endswith("lengths") else x for name, x in args.items()}
+    return getattr(IntervalMask, kind)(**args, device=device)
+
+
+def dense_mask(recipe: Recipe) -> Tensor:
+    """What a recipe means, bool ``[B or 1, Tq, Tk]``."""
+    kind, args = recipe
+    if kind == "pack":
+        return reference.pack_masks([dense_mask(m) for m in args["masks"]])
+    if kind == "pad_text":
+        inner = args["mask"]
+        text = args["text_length"], args["valid_lengths"], _has_text_queries(inner)
+        return reference.pad_text_mask(dense_mask(inner), *text)
+    if kind == "from_ranks":
+        rank_q, rank_k = (
+            None if x is None else torch.tensor(x, dtype=torch.int64) for x in args.values()
+        )
+        return reference.rank_mask(rank_q, rank_k)  # pyright: ignore[reportArgumentType]
+    return getattr(reference, f"{kind}_mask")(**args)
+
+
+def intervals_needed(dense: Tensor) -> int:
+    """The most runs of True in a row or a column."""
+
+    def runs(x: Tensor) -> int:
+        starts = torch.nn.functional.pad(x.int(), (1, 0)).diff(dim=-1) > 0
+        return int(starts.sum(dim=-1).max()) if starts.numel() else 0
+
+    return max(runs(dense), runs(dense.mT))
+
+
+def random_qkv(
+    dense: Tensor,
+    n_heads: int = 2,
+    n_kv_heads: int = 1,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal q, k, v for a dense mask, on its device; fp64 values that ``dtype`` can represent."""
+    n_batch, n_queries, n_keys = dense.shape
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(n_batch, n_heads, n_queries, head_dim)] + [
+        (n_batch, n_kv_heads, n_keys, head_dim)
+    ] * 2
+    q, k, v = (
+        torch.randn(s, generator=rng, dtype=torch.float64).to(dense.device, dtype) for s in shapes
+    )
+    return q, k, v
+
+
+def with_gradients(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    qkv: tuple[Tensor, ...],
+    do: Tensor | None,
+    dlse: Tensor | None,
+) -> dict[str, Tensor]:
+    """``attend(q, k, v) -> (out, lse)`` and what ``do`` and ``dlse`` (None: unused) give q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out, lse = attend(*leaves)
+    used = [(x, g.to(x.dtype)) for x, g in ((out, do), (lse, dlse)) if g is not None]
+    dq, dk, dv = torch.autograd.grad([x for x, _ in used], leaves, [g for _, g in used])
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def check_attention(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    qkv: tuple[Tensor, ...],
+    dense: Tensor,
+    softmax_scale: float | None = None,
+    use: str = "out lse",
+) -> None:
+    """Asserts that outputs and gradients of ``attend(q, k, v)`` are those of `reference.attention`.
+
+    ``use``: which outputs the loss reads.
+    """
+
+    def define(q, k, v):
+        return reference.attention(q, k, v, dense, softmax_scale)
+
+    q = qkv[0]
+    rng = torch.Generator().manual_seed(1)
+    do = torch.randn(q.shape, generator=rng, dtype=torch.float64).to(q) if "out" in use else None
+    dlse_dtype = torch.promote_types(q.dtype, torch.float32)
+    dlse = torch.randn(q.shape[:3], generator=rng, dtype=torch.float64) if "lse" in use else None
+    dlse = None if dlse is None else dlse.to(q.device, dlse_dtype)
+
+    actual = with_gradients(attend, qkv, do, dlse)
+    expected = with_gradients(define, tuple(x.double() for x in qkv), do, dlse)
+    same_dtype = with_gradients(define, qkv, do, dlse)
+    for name, x in actual.items():
+        assert_close(name, x, expected[name], same_dtype[name])
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, same_dtype: Tensor) -> None:
+    """fp64: error at most 1e-12. Else at most twice that of PyTorch in the same dtype + one rounding.
+
+    Args:
+        expected: the fp64 result.
+        same_dtype: the definition evaluated by PyTorch in the dtype of the inputs.
+    """
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
+    assert actual.dtype == same_dtype.dtype, f"{name}: {actual.dtype}, not {same_dtype.dtype}"
+    if actual.numel() == 0:
+        return
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{name}: not finite where it should be"
+    assert torch.equal(actual[~finite].double(), expected[~finite]), f"{name}: wrong infinities"
+    actual, expected, same_dtype = (
+        torch.where(finite, x, 0.0) for x in (actual, expected, same_dtype)
+    )
+    error = max_error(actual, expected)
+    budget = EXACT
+    if actual.dtype != torch.float64:
+        rounding = torch.finfo(actual.dtype).eps * expected.abs().max().item()
+        budget = 2 * max_error(same_dtype, expected) + rounding
+    assert error <= budget, f"{name}: max error {error:.3e} above {budget:.3e}"
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    return (actual.double() - expected).abs().max().item()
+
+
+def _random_lengths(rng: random.Random, max_tokens: int, n_blocks: int | None = None) -> list[int]:
+    """Block lengths, zeros among them, whose sum is at most ``max_tokens`` and often 0 or 1."""
+    n_tokens = rng.choice([rng.randint(0, max_tokens), max_tokens, min(1, max_tokens)])
+    n_blocks = rng.randint(0, 6) if n_blocks is None else n_blocks
+    if n_blocks == 0:
+        return []
+    cuts = sorted(rng.randint(0, n_tokens) for _ in range(n_blocks - 1))
+    return [b - a for a, b in zip([0, *cuts], [*cuts, n_tokens], strict=True)]
+
+
+def _random_window(rng: random.Random) -> dict[str, Any]:
+    return {"window": rng.choice([None, 1, 2, 3]), "sink_blocks": rng.choice([0, 0, 1, 2])}
+
+
+def _random_ranks(rng: random.Random, max_tokens: int, n_batch: int) -> list:
+    """Sorted, negative ones too: ``[T]`` or ``[B, T]``."""
+    n_tokens = rng.choice([rng.randint(0, max_tokens), max_tokens])
+    rows = [sorted(rng.randint(-2, 5) for _ in range(n_tokens)) for _ in range(n_batch)]
+    return rng.choice([rows, rows[0]])
+
+
+def _has_text_queries(recipe: Recipe) -> bool:
+    """True where block 0 is among the queries, so that padded text tokens are queries as well."""
+    kind, args = recipe
+    if kind == "block_causal":
+        return args["query_blocks"] is None or args["query_blocks"].start == 0
+    if kind == "full":
+        return sum(args["q_lengths"]) == sum(args["k_lengths"])
+    if kind == "from_ranks":
+        return args["rank_k"] is None
+    if kind == "teacher_forcing":
+        return True
+    return _has_text_queries(args["masks"][0] if kind == "pack" else args["mask"])
+
+
+def _text_limit(recipe: Recipe) -> int:
+    """The longest text: of the first sequence, and where its queries are text, as long as those."""
+    kind, args = recipe
+    if kind == "pack":
+        return _text_limit(args["masks"][0])
+    _, n_queries, n_keys = dense_mask(recipe).shape
+    return min(n_queries, n_keys) if _has_text_queries(recipe) else n_keys

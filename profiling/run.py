@@ -1,0 +1,163 @@
+"""Profiles one op at one shape: ``vidgen profile``, or ``python profiling/run.py``.
+
+    vidgen profile --shape wan_14b_causal --direction bwd              a table and a trace, by torch.profiler
+    vidgen profile --shape wan_14b_causal --mode nsys                  a timeline, by Nsight Systems
+    vidgen profile --shape wan_14b_causal --mode ncu --direction fwd   counters and source lines, by Nsight Compute
+
+Compilation and warm-up come first; only the calls between cudaProfilerStart and cudaProfilerStop are recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent / "kernels")]  # run by path
+
+import ranges
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Case
+from bench.providers import PROVIDERS
+from vidgen.shapes import SETS, AttentionShape
+
+OPS = {"attention": {shape.name: shape for shapes in SETS.values() for shape in shapes}}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+DEFAULTS = {  # shape, dtype
+    "cuda": ("pyramid_768p_u15_s2_h30", "bf16"),
+    "cpu": ("cpu_frames_8x512", "fp32"),
+}
+WARM_UP = 3
+CALLS = {"torch": 5, "nsys": 5, "ncu": 1}  # ncu replays each kernel as often as its counters ask
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, dtype = DEFAULTS[device]
+    parser = argparse.ArgumentParser(prog="vidgen profile", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("--op", choices=OPS, default="attention")
+    parser.add_argument("--shape", default=shape, help="a name of vidgen/shapes.py (default: %(default)s)")
+    parser.add_argument("--provider", choices=PROVIDERS, default="ours", help="or a baseline, to compare")
+    parser.add_argument("--direction", choices=("fwd", "bwd", "fwd+bwd"), default="fwd+bwd")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="(default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        choices=("torch", "nsys", "ncu", "region"),
+        default="torch",
+        help="the profiler; region: only the recorded calls, what nsys.sh and ncu.sh run",
+    )
+    parser.add_argument("--calls", type=int, metavar="N", help="recorded calls")
+    parser.add_argument("--dry-run", action="store_true", help="print the command of nsys or ncu")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path(tempfile.gettempdir()) / "vidgen-profile",
+        help="where reports go (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if args.shape not in (shapes := OPS[args.op]):
+        parser.error(f"--shape: expected one of {', '.join(shapes)}; got {args.shape}")
+    if args.dry_run and args.mode not in ("nsys", "ncu"):
+        parser.error("--dry-run: only nsys and ncu have a command to print")
+    args.device = torch.device(device)
+    args.calls = args.calls or CALLS.get(args.mode, 1)
+    return args
+
+
+def prepare(
+    shape: AttentionShape, provider: str, direction: str, dtype: torch.dtype, device: torch.device
+) -> Callable[[int], Callable[[], None]]:
+    """``prepare(...)(n)`` does all that is not profiled and returns the ``n`` calls that are."""
+    case = Case.make(shape, dtype, device)
+    attention = PROVIDERS[provider].setup(case)
+    leaves = [x.detach().requires_grad_(direction != "fwd") for x in (case.q, case.k, case.v)]
+
+    def backward(out: torch.Tensor) -> None:
+        torch.autograd.grad(out, leaves, case.do)
+
+    def calls(n: int) -> Callable[[], None]:
+        if direction == "fwd":
+            return lambda: [attention(*leaves) for _ in range(n)] and None
+        if direction == "fwd+bwd":
+            return lambda: [backward(attention(*leaves)) for _ in range(n)] and None
+        outs = [attention(*leaves) for _ in range(n)]
+        return lambda: [backward(out) for out in outs] and None
+
+    return calls
+
+
+@contextmanager
+def recorded(device: torch.device) -> Iterator[None]:
+    """The region that nsys and ncu record, with named ranges; all its kernels end inside."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    with ranges.enabled():
+        yield
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def by_torch(work: Callable[[], None], device: torch.device, stem: Path) -> None:
+    """Prints the table of costs; writes it and a trace for chrome://tracing or ui.perfetto.dev."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
+    with profile(activities=activities, acc_events=True) as profiler, recorded(device):
+        work()
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".txt").write_text(table)
+    profiler.export_chrome_trace(str(stem.with_suffix(".json.gz")))
+    print(table)
+    print(f"{stem}.txt and {stem}.json.gz (open in ui.perfetto.dev)")
+
+
+def by_script(args: argparse.Namespace, stem: Path) -> int:
+    """nsys.sh or ncu.sh, which run this file again with ``--mode region``."""
+    command = [str(FOLDER / f"{args.mode}.sh"), *["--dry-run"] * args.dry_run, str(stem)]
+    for name in ("op", "shape", "provider", "direction", "dtype", "calls"):
+        command.append(f"--{name}={getattr(args, name)}")
+    if not args.dry_run:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    words = (args.op, args.shape, args.provider, args.dtype, args.direction.replace("+", "_"))
+    stem = args.output / "-".join(words).replace(".", "p")
+    if args.mode in ("nsys", "ncu"):
+        return by_script(args, stem)
+    shape = OPS[args.op][args.shape]
+    calls = prepare(shape, args.provider, args.direction, DTYPES[args.dtype], args.device)
+    for _ in range(WARM_UP):
+        calls(1)()
+    work = calls(args.calls)
+    if args.mode == "torch":
+        by_torch(work, args.device, stem)
+    else:
+        with recorded(args.device):
+            work()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

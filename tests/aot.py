@@ -1,0 +1,347 @@
+"""Compiles every kernel for sm_80 and sm_90 without a GPU, and reads what the compiler made of it.
+
+    python tests/aot.py                                                  what is shipped
+    python tests/aot.py --kernel fwd --head-dim 64 --arch 80 --config 128,64,4,3 128,32,4,3
+    python tests/aot.py --write                                          renew tests/aot_table.md
+
+The real launchers run, on meta tensors and with a driver that only knows its target: kernels get
+the argument types, alignments and constants of a real call. Registers and stack are the cubin's
+own. The *main sweep* is found in its machine code: innermost loops that hold all products of a
+tile come in pairs, with and without masks for the ragged edges; it is the longest of those without.
+
+A product, `mma`, is 16 x 8 x 16 multiply-adds of one warp, one HMMA.16816: work rather than
+instructions, so that Hopper's wide HGMMA, TF32 and fp64 compare too.
+"""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from vidgen_kernels.configs import LaunchConfig, lookup
+
+# The package also has a function of this name.
+attention = importlib.import_module("vidgen_kernels.interval_attention")
+
+TABLE = Path(__file__).with_name("aot_table.md")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+ARCHS = (80, 90)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may ask for
+DTYPES = {x: getattr(torch, x) for x in ("bfloat16", "float16", "float32", "float64")}
+
+KERNELS = {
+    "fwd": attention._interval_attention_fwd_kernel,
+    "dq": attention._interval_attention_bwd_dq_kernel,
+    "dkdv": attention._interval_attention_bwd_dkdv_kernel,
+}
+DOTS = {"fwd": 2, "dq": 3, "dkdv": 4}  # matrix products per tile
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation; the shipped configuration unless another is given."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    arch: int
+    intervals: int = 1
+    dlse: bool = False  # the caller differentiates lse
+    config: LaunchConfig | None = None
+
+    @property
+    def launch(self) -> LaunchConfig:
+        return self.config or lookup(
+            self.kernel, self.head_dim, DTYPES[self.dtype], f"sm_{self.arch}"
+        )
+
+    def __str__(self) -> str:
+        extra = f"-i{self.intervals}" * (self.intervals > 1) + "-dlse" * self.dlse
+        return f"{self.kernel}-{self.dtype}-d{self.head_dim}-sm_{self.arch}{extra}"
+
+
+def cases() -> list[Case]:
+    """What is shipped, each path of the code at least once; few enough for every change."""
+    every = [
+        *product(("bfloat16",), (12, 32, 64, 96, 128, 256), (1,)),  # 12: rows not aligned
+        *product(("bfloat16",), (64, 128), (2, 3)),
+        *product(("float16",), (64, 128), (1,)),
+        *product(("float32", "float64"), (64, 128, 256), (1,)),
+    ]
+    shipped = [
+        Case(kernel, dtype, head_dim, arch, intervals)
+        for kernel, (dtype, head_dim, intervals), arch in product(KERNELS, every, ARCHS)
+    ]
+    return shipped + [Case("dq", "bfloat16", 64, arch, dlse=True) for arch in ARCHS]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a kernel takes, in registers and bytes, and counts over its main sweep."""
+
+    tile: str  # queries x keys
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+    tensor: str  # the matrix instruction
+    instructions: int
+    mma: float  # products a warp needs
+    repeated: float  # products that another warp has made, too
+    mufu: int  # exponentials
+    ldsm: int  # loads of matrices from shared memory
+    lds: int
+    sts: int
+    local: int  # loads and stores of local memory, in all sweeps without masks
+    bar: int
+
+    @property
+    def per_mma(self) -> float:
+        return self.instructions / self.mma
+
+
+class Target:
+    """All of a Triton driver that compiling takes; each architecture is a device of its own."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> str:
+        return f"aot sm_{self.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def launches_compile(case: Case) -> Iterator[list]:
+    """Launches of the kernel compile into the list, for its architecture; others do nothing."""
+    compiled = []
+
+    def launch(self: JITFunction, grid):
+        def run(*args, **kwargs):
+            if self is KERNELS[case.kernel]:
+                compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))
+
+        return run
+
+    with (
+        mock.patch.object(driver, "_active", Target(case.arch)),
+        mock.patch.object(JITFunction, "__getitem__", launch),
+        mock.patch.object(attention, "architecture", lambda x: f"sm_{case.arch}"),
+        mock.patch.object(attention, "lookup", lambda *args: case.launch),
+    ):
+        yield compiled
+
+
+def compile_case(case: Case):
+    """The kernel of a call on contiguous tensors."""
+    n_batch, n_heads, n_tokens = 2, 30, 5000  # not a multiple of 16, as most token counts
+    dtype = DTYPES[case.dtype]
+    x = torch.empty(n_batch, n_heads, n_tokens, case.head_dim, dtype=dtype, device="meta")
+    table = torch.empty(case.intervals, 1, n_tokens, dtype=torch.int32, device="meta")
+    lse = attention._empty_fwd(x)[1]
+    with launches_compile(case) as compiled:
+        if case.kernel == "fwd":
+            attention._launch_fwd(x, x, x, table, table, 0.125)
+        else:
+            tables = (table,) * 4
+            attention._launch_bwd(
+                x, lse if case.dlse else None, x, x, x, x, lse, *tables, 0.125
+            )  # fmt: skip
+    (kernel,) = compiled
+    return kernel
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The opcodes of each innermost loop: from the target of a backward branch to the branch."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)([^;]*);", sass)
+    spans = []
+    for address, opcode, operands in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
+            spans.append((int(target[1], 16), int(address, 16)))
+    ops = [(int(address, 16), opcode) for address, opcode, _ in code]
+    return [
+        [opcode for address, opcode in ops if first <= address <= last]
+        for first, last in spans
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
+    ]
+
+
+def mma_work(opcode: str) -> float:
+    """What one instruction adds to the products of a warp."""
+    # HMMA.16816.F32.BF16, HMMA.1688.F32.TF32, DMMA.884, DMMA.8x8x4, HGMMA.64x128x16.F32.BF16
+    if not (found := re.match(r"(HMMA|HGMMA|DMMA)\.(\w+)", opcode)):
+        return 0
+    packed = {"16816": (16, 8, 16), "1688": (16, 8, 8), "884": (8, 8, 4)}
+    m, n, k = packed.get(found[2]) or map(int, found[2].split("x"))
+    n_warps = 4 if found[1] == "HGMMA" else 1
+    return m * n * k / (16 * 8 * 16) / n_warps
+
+
+def main_sweeps(sass: str, mma: float) -> list[list[str]]:
+    """Opcodes of the sweeps without masks, shortest first; a tile takes `mma` products a warp."""
+    found = [(sum(map(mma_work, loop)), loop) for loop in loops(sass)]
+    # More than it takes where a tile has too few rows for its warps, which then repeat products.
+    whole = sorted((loop for work, loop in found if work >= mma), key=len)
+    if not whole:
+        raise ValueError(f"no loop holds {mma:g} products, only {[work for work, _ in found]}")
+    return whole[: max(1, len(whole) // 2)]  # the other half are their twins with masks
+
+
+def cuobjdump(*args: str) -> str:
+    return subprocess.run([CUOBJDUMP, *args], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(case: Case) -> Report:
+    """Compiles a case and takes it apart."""
+    kernel = compile_case(case)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        resources = cuobjdump("--dump-resource-usage", cubin.name)
+        sass = cuobjdump("--dump-sass", cubin.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
+    launch = case.launch
+    block_d = max(16, triton.next_power_of_2(case.head_dim))
+    n_passes = 3 if case.dtype == "float32" else 1  # tf32x3
+    macs = DOTS[case.kernel] * n_passes * launch.block_m * launch.block_n * block_d
+    mma = macs / (16 * 8 * 16) / launch.num_warps
+    *others, sweep = main_sweeps(sass, mma)
+
+    def count(*opcodes: str, of: list[str] = sweep) -> int:
+        return sum(op.split(".")[0] in opcodes for op in of)
+
+    return Report(
+        tile=f"{launch.block_m} x {launch.block_n}",
+        warps=launch.num_warps,
+        stages=launch.num_stages,
+        registers=registers,
+        stack=stack,
+        shared=kernel.metadata.shared,
+        tensor=next(op for op in sweep if mma_work(op)),
+        instructions=len(sweep),
+        mma=mma,
+        repeated=sum(map(mma_work, sweep)) - mma,
+        mufu=count("MUFU"),
+        ldsm=count("LDSM"),
+        lds=count("LDS"),
+        sts=count("STS"),
+        local=sum(count("LDL", "STL", of=loop) for loop in (*others, sweep)),
+        bar=count("BAR"),
+    )
+
+
+HEADER = ["case", *(f.name for f in fields(Report)), "instr / mma"]
+
+
+def row(case: Case, report: Report) -> list[str]:
+    values = [getattr(report, f.name) for f in fields(Report)]
+    cells = [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+    return [str(case), *cells, f"{report.per_mma:.2f}"]
+
+
+def try_inspect(case: Case) -> Report | str:
+    try:
+        return inspect(case)
+    except Exception as error:  # one bad configuration does not stop a search for good ones
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
+def inspect_all(cases: list[Case], jobs: int) -> Iterable[Report | str]:
+    """In order, by `jobs` processes."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        results = pool.map(try_inspect, cases)
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            yield from results
+        else:
+            console = Console(stderr=True)
+            yield from track(results, "Compiling", len(cases), console=console, transient=True)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) + " |"
+        for cells in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def read_table() -> tuple[str, dict[str, list[str]]]:
+    """The Triton version of the committed table, and its rows by case."""
+    text = TABLE.read_text()
+    version = re.search(r"Triton ([\w.]+)", text)[1]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line] for line in lines[2:]]
+    return version, {cells[0]: cells for cells in rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
+    parser.add_argument("--arch", type=int, choices=ARCHS, nargs="+", default=list(ARCHS))
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: bfloat16")
+    parser.add_argument("--head-dim", type=int, nargs="+", help="default: 64")
+    parser.add_argument("--intervals", type=int, choices=(1, 2, 3), nargs="+", help="default: 1")
+    parser.add_argument(
+        "--config", nargs="+", metavar="M,N,WARPS,STAGES", help="instead of the shipped one"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, all that ships")
+    args = parser.parse_args()
+
+    chosen = cases()
+    if not args.write:
+        chosen = [c for c in chosen if c.kernel in args.kernel and c.arch in args.arch]
+    if args.dtype or args.head_dim or args.intervals or args.config:
+        if args.write:
+            parser.error("--write takes all that ships, no choice of it")
+        configs = [LaunchConfig(*map(int, c.split(","))) for c in args.config or ()] or [None]
+        axes = (args.kernel, args.dtype or ["bfloat16"], args.head_dim or [64], args.arch)
+        chosen = [
+            replace(Case(*axis, intervals), config=config)
+            for *axis, intervals, config in product(*axes, args.intervals or [1], configs)
+        ]
+
+    results = list(zip(chosen, inspect_all(chosen, args.jobs), strict=True))
+    table = markdown([HEADER, *(row(c, r) for c, r in results if isinstance(r, Report))])
+    failures = [f"{c} {c.launch}: {r}" for c, r in results if isinstance(r, str)]
+    if args.write and not failures:
+        version = f"Compiled by Triton {triton.__version__}"
+        source = "written by `python tests/aot.py --write`, whose `Report` explains the columns"
+        title = "What the compiler makes of the kernels"
+        TABLE.write_text(f"# {title}\n\n{version}; {source}.\n\n{table}")
+    sys.stdout.write(table)
+    sys.stderr.writelines(f"FAILED {line}\n" for line in failures)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

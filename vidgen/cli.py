@@ -1,0 +1,274 @@
+"""The command line: ``vidgen bench | verify | profile | info``.
+
+Only the chosen command is imported, so that ``vidgen --help`` is fast and works without any extra
+installed. Benchmarks and profiles live in the source tree, not in the wheel, and run as processes
+of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+PROFILER = ROOT / "profiling" / "run.py"
+
+EXTRAS = {
+    "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib"),
+    "models": ("diffusers", "transformers", "safetensors", "av"),
+    "profiling": ("nvtx",),
+    "peers": ("flash_attn", "xformers", "natten"),
+}
+
+# A finished test in pytest's verbose output: its id and how far the run is.
+FINISHED = re.compile(r"::(?P<test>\S+) [A-Z]+.*\[ *(?P<percent>\d+)%\]")
+
+
+class CommandError(Exception):
+    """What the user can do something about, said in one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((a for a in argv if a in COMMANDS), None)
+    parser = argparse.ArgumentParser(
+        prog="vidgen", description="Exact, fast attention for video-generation models."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, configure, _) in COMMANDS.items():
+        passes_on = name in PASSES_ARGUMENTS_ON
+        command = subparsers.add_parser(
+            name, help=summary, description=summary, add_help=not passes_on
+        )
+        if name == chosen and configure:
+            configure(command)
+    args, rest = parser.parse_known_args(argv)
+    if args.command in PASSES_ARGUMENTS_ON:
+        args.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return COMMANDS[args.command][2](args)
+    except CommandError as error:
+        print(f"vidgen {args.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+# ---- bench
+
+
+def configure_bench(parser: argparse.ArgumentParser) -> None:
+    ops = sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
+    parser.add_argument(
+        "op", nargs="?", default="all", choices=["all", *ops], help="what to time (default: all)"
+    )
+    parser.add_argument(
+        "--shapes", metavar="PATTERN", help="shapes by name, e.g. 'wan_*' (commas: or)"
+    )
+    parser.add_argument(
+        "--shape-set",
+        choices=["real", "reduced", "toy"],
+        help="real (default on a GPU), or reduced: minutes on a CPU (default there)",
+    )
+    parser.add_argument(
+        "--providers", metavar="NAMES", help="comma-separated; `vidgen info` lists them"
+    )
+    parser.add_argument(
+        "--dtype", metavar="NAMES", help="bf16, fp16, fp32, fp64 (default: bf16, CPU fp32)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="results and plots (default: bench/results/<gpu>)",
+    )
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Drives ``pytest bench/ --benchmark-json``, then reports: there is one way of measuring."""
+    _require_source(BENCH / "report.py", "the benchmarks")
+    _require_extra("bench")
+    targets = [BENCH] if args.op == "all" else [BENCH / f"bench_{args.op}.py"]
+    filters = [
+        f"--{name.replace('_', '-')}={value}"
+        for name in ("shapes", "shape_set", "providers", "dtype")
+        if (value := getattr(args, name))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-v",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={ROOT}",
+        ]
+        command = [
+            *pytest,
+            f"--config-file={ROOT / 'pyproject.toml'}",
+            f"--benchmark-json={results}",
+        ]
+        status, log = _run_with_progress([*command, *filters, *map(str, targets)])
+        if status:
+            print(_explanation(log), file=sys.stderr)
+        if not results.exists() or not results.stat().st_size:
+            raise CommandError(f"nothing was measured (pytest exit status {status})")
+        report = [sys.executable, str(BENCH / "report.py"), str(results)]
+        report += [f"--output={args.output}"] if args.output else []
+        report += ["--merge"] if filters or args.op != "all" else []
+        reported = subprocess.run(report, env=_source_environment(), check=False).returncode
+    return 1 if status or reported else 0
+
+
+def _run_with_progress(command: list[str]) -> tuple[int, list[str]]:
+    """The exit status and the output of pytest, a progress bar on stderr meanwhile."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    percent = TextColumn("[progress.percentage]{task.percentage:>3.0f}%")
+    columns = (percent, BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    log = []
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_source_environment(),
+        ) as process,
+    ):
+        task = progress.add_task("starting", total=100)
+        for line in process.stdout or ():
+            log.append(line.rstrip())
+            if done := FINISHED.search(line):
+                progress.update(task, completed=int(done["percent"]), description=done["test"])
+    return process.returncode, log
+
+
+def _explanation(log: list[str]) -> str:
+    """What pytest says went wrong: a usage error or its summary, else the end of its output."""
+    errors = [line for line in log if line.startswith(("ERROR:", "FAILED", "ERROR "))]
+    return "\n".join(errors or log[-15:])
+
+
+# ---- profile
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    _require_source(PROFILER, "the profiling scripts")
+    command = [sys.executable, str(PROFILER), *args.rest]
+    return subprocess.run(command, env=_source_environment(), check=False).returncode
+
+
+# ---- verify
+
+
+def configure_verify(parser: argparse.ArgumentParser) -> None:
+    importlib.import_module("vidgen.verify").add_arguments(parser)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    return importlib.import_module("vidgen.verify").run(args)
+
+
+# ---- info
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """Versions, the device, and which implementation a call would take."""
+    import torch
+
+    facts = {
+        "vidgen-kernels": _version("vidgen-kernels"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gpu": _describe_gpu(),
+        "interpreter": "on"
+        if os.environ.get("TRITON_INTERPRET") == "1"
+        else "off (TRITON_INTERPRET=1)",
+    }
+    for extra, modules in EXTRAS.items():
+        absent = [name for name in modules if find_spec(name) is None]
+        facts[f"extra {extra}"] = f"without {', '.join(absent)}" if absent else "complete"
+    for name, fact in facts.items():
+        print(f"{name:16} {fact}")
+    if not (BENCH / "report.py").exists():
+        print("benchmarks       in the source tree only, not in the wheel")
+        return 0
+    print("benchmark providers", flush=True)
+    return subprocess.run(
+        [sys.executable, str(BENCH / "providers.py")], env=_source_environment(), check=False
+    ).returncode
+
+
+def _describe_gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none: CPU tensors take the portable PyTorch implementation"
+    found = torch.cuda.get_device_properties(0)
+    memory = found.total_memory / 2**30
+    return (
+        f"{found.name}, sm_{found.major}{found.minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+    )
+
+
+# ---- shared
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "source tree, not installed"
+
+
+def _require_extra(extra: str) -> None:
+    absent = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    if absent:
+        raise CommandError(f"needs {', '.join(absent)}: pip install 'vidgen-kernels[{extra}]'")
+
+
+def _require_source(path: Path, what: str) -> None:
+    if not path.exists():
+        raise CommandError(
+            f"{what} are not part of the installed package: get the source with `git clone` or "
+            "`pip download --no-deps --no-binary :all: vidgen-kernels`, and run this command there"
+        )
+
+
+def _source_environment() -> dict[str, str]:
+    """So that scripts of the source tree find both packages, installed or not."""
+    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+# name -> summary, adds its arguments (if it has any), runs
+COMMANDS = {
+    "bench": ("time our kernels against their peers", configure_bench, run_bench),
+    "verify": ("run the golden cases through our models and ops", configure_verify, run_verify),
+    "profile": ("profile one op with Nsight or PyTorch's profiler", None, run_profile),
+    "info": ("versions, device, and which implementations are available", None, run_info),
+}
+PASSES_ARGUMENTS_ON = ("profile",)
+
+if __name__ == "__main__":
+    sys.exit(main())
