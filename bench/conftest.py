@@ -9,13 +9,14 @@ interleaved samples.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import measure, providers
+from bench import measure, options, providers
 from bench.measure import Outcome
 from bench.options import DTYPES, device
 from vidgen.shapes import SETS, AttentionShape
@@ -55,6 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
     config.stash[STARTED] = time.monotonic()
+    for check in (options.chosen_shapes, options.chosen_dtypes, options.chosen_providers):
+        check(config)  # a mistyped name is told at once
     if not torch.cuda.is_available():
         torch.set_num_threads(measure.CPU_THREADS)
 
@@ -109,7 +112,10 @@ def record(benchmark, request: pytest.FixtureRequest):
                 }
             )
             broken = outcome.status in ("wrong", "failed") and labels["provider"] == "ours"
-            (pytest.fail if broken else pytest.skip)(f"{outcome.status}: {outcome.reason}")
+            message = f"{outcome.status}: {outcome.reason}"
+            if broken:
+                pytest.fail(message, pytrace=False)
+            pytest.skip(message)
         samples = outcome.samples[labels["direction"]]
         remaining = iter(samples)
 
@@ -138,7 +144,8 @@ def record(benchmark, request: pytest.FixtureRequest):
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.pop("node", None)  # the host's name is nobody's business
-    machine_info.update(measure.environment(), threads=torch.get_num_threads())
+    load = os.getloadavg()[0]  # ours included
+    machine_info.update(measure.environment(), threads=torch.get_num_threads(), load=load)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:

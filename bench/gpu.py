@@ -12,10 +12,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -30,7 +33,10 @@ from vidgen.shapes import REAL, AttentionShape  # noqa: E402
 
 LIMIT = 520  # seconds, under nine minutes
 LONGEST_SHAPE = 60  # seconds that the last shape to start may take
+SANITIZER_SECONDS = 160
+NOTHING_LEFT = 5  # pytest's exit status when every test had passed before
 COMPILED = ("ours", "flex")
+PROFILED = ("pyramid_768p_u15_s2_h30", "wan_1.3b_block_causal")
 SANITIZED = (
     AttentionShape("frames", "sanitizer", 1, 2, 64, "block_causal", (70, 200, 33, 1, 129)),
     AttentionShape("cache", "sanitizer", 2, 2, 64, "block_causal", (70, 200, 33), (1, 3)),
@@ -42,49 +48,29 @@ SANITIZED = (
 
 def stage_test(folder: Path, rest: list[str]) -> int:
     """The GPU tests, those that have not passed yet, then the sanitizers."""
+    stop = time.monotonic() + LIMIT
     environment = _environment(VIDGEN_PASSED=str(folder / "tests_passed.txt"))
     environment.pop("TRITON_INTERPRET", None)
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(ROOT / "tests"),
-        "-m",
-        "gpu",
-        "-p",
-        "bench.resume",
-    ]
-    command = [
-        *pytest,
-        f"--rootdir={ROOT}",
-        "-n",
-        str(_workers(6)),
-        "-q",
-        "-rf",
-        "--tb=short",
-        *rest,
-    ]
-    status = _run(command, folder / "tests.log", LIMIT - 140, environment)
-    status = 0 if status == 5 else status  # 5: all had passed before
-    return _sanitize(folder) or status
+    flags = f"-m gpu -p bench.resume -n {_workers(6)} -q -rf --tb=short"
+    command = [sys.executable, "-m", "pytest", "tests", *flags.split(), *rest]
+    status = _run(command, folder / "tests.log", LIMIT - SANITIZER_SECONDS, environment)
+    status = 0 if status == NOTHING_LEFT else status
+    return _sanitize(folder, stop) or status
 
 
-def _sanitize(folder: Path) -> int:
+def _sanitize(folder: Path, stop: float) -> int:
     """Every kernel once under memcheck and racecheck; skipped aloud where the tool is absent."""
     tool = shutil.which("compute-sanitizer")
     if not tool:
         print("compute-sanitizer: not on PATH, skipped")
         return 0
-    target = [sys.executable, str(Path(__file__).resolve()), "sanitizer-target"]
-    environment = _environment(
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-    )  # so that every tensor has its own bounds
-    worst = _run(
-        target, folder / "sanitizer.log", 120, environment
-    )  # compiles outside the sanitizer
-    for check in ("memcheck", "racecheck"):
+    target = [sys.executable, "bench/gpu.py", "sanitizer-target"]
+    log = folder / "sanitizer.log"
+    uncached = _environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # every tensor has its own bounds
+    worst = _run(target, log, stop - time.monotonic(), uncached)  # compiles, not yet watched
+    for checks_left, check in ((2, "memcheck"), (1, "racecheck")):
         command = [tool, "--tool", check, "--error-exitcode", "9", *target]
-        status = _run(command, folder / f"sanitizer_{check}.log", 120, environment)
+        status = _run(command, log, (stop - time.monotonic()) / checks_left, uncached)
         print(f"compute-sanitizer {check}: {'clean' if status == 0 else f'exit status {status}'}")
         worst = worst or status
     return worst
@@ -94,9 +80,8 @@ def sanitizer_target(folder: Path, rest: list[str]) -> int:
     """Forward and backward of every kernel on small ragged shapes."""
     for shape in SANITIZED:
         case = Case.make(shape, torch.bfloat16, torch.device("cuda"))
-        for step in measure.make_steps(
-            case, providers.PROVIDERS["ours"].setup(case), backward=True
-        ):
+        attention = providers.PROVIDERS["ours"].setup(case)
+        for step in measure.make_steps(case, attention, backward=True):
             step()
         torch.cuda.synchronize()
         print(shape.name, "done", flush=True)
@@ -105,32 +90,26 @@ def sanitizer_target(folder: Path, rest: list[str]) -> int:
 
 def stage_bench(folder: Path, rest: list[str]) -> int:
     """The shapes that have no results yet, most telling ones first."""
-    start = time.monotonic()
-    _bring_earlier_results(folder, "attention.json")
-    todo = [shape for shape in REAL if shape.name not in _finished(folder / "attention.json")]
+    stop = time.monotonic() + LIMIT
+    path = folder / "attention.json"
+    _bring_earlier_results(folder, path.name)
+    done = _finished(path)
+    todo = [shape for shape in REAL if shape.name not in done]
     if not todo:
-        print("every shape is measured: delete attention.json to start over")
+        print(f"every shape is measured: delete {path} to start over")
         return 0
     _compile_in_parallel(todo, seconds=LIMIT / 3)
-    done = ",".join(shape.name for shape in REAL if shape not in todo)
-    seconds = LIMIT - LONGEST_SHAPE - (time.monotonic() - start)
-    results = folder / ".new.json"
-    pytest = [sys.executable, "-m", "pytest", str(ROOT / "bench"), f"--benchmark-json={results}"]
-    filters = [
-        f"--rootdir={ROOT}",
-        f"--seconds={seconds:.0f}",
-        f"--skip-shapes={done}",
-        "-q",
-        "-rf",
-    ]
-    status = _run([*pytest, *filters, *rest], folder / "bench.log", LIMIT, _environment())
-    if results.exists() and results.stat().st_size:
-        report.main([str(results), f"--output={folder}", "--merge"])
-        results.unlink()
-    left = [shape.name for shape in todo if shape.name not in _finished(folder / "attention.json")]
-    print(
-        f"{len(REAL) - len(left)} of {len(REAL)} shapes measured" + ("; run again" if left else "")
-    )
+    left = stop - time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        new = Path(scratch) / "new.json"
+        flags = f"-q -rf --benchmark-json={new} --seconds={left - LONGEST_SHAPE:.0f}"
+        command = [sys.executable, "-m", "pytest", "bench", *flags.split()]
+        command += [f"--skip-shapes={','.join(done)}", *rest]
+        status = _run(command, folder / "bench.log", left, _environment())
+        if new.exists() and new.stat().st_size:
+            report.main([str(new), f"--output={folder}", "--merge"])
+    n_left = sum(shape.name not in _finished(path) for shape in todo)
+    print(f"{len(REAL) - n_left} of {len(REAL)} shapes measured", "; run again" * bool(n_left))
     return status
 
 
@@ -153,22 +132,14 @@ def _compile_in_parallel(shapes: list[AttentionShape], seconds: float) -> None:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(_workers(10), context)
     jobs = [pool.submit(_compile_shape, shape) for shape in shapes]
-    for shape, job in zip(shapes, jobs, strict=True):
-        try:
-            print(
-                "compiled",
-                shape.name,
-                job.result(timeout=max(0, stop - time.monotonic())),
-                flush=True,
-            )
-        except TimeoutError:
-            print(
-                f"compiling takes longer than {seconds:.0f} s: the rest compiles as it is measured"
-            )
-            break
-        except Exception as error:  # a worker died
-            print("compiling failed:", error)
-            break
+    try:
+        for shape, job in zip(shapes, jobs, strict=True):
+            left = max(0.0, stop - time.monotonic())
+            print("compiled", shape.name, job.result(left), flush=True)
+    except futures.TimeoutError:
+        print(f"not compiled in {seconds:.0f} s: the rest compiles as it is measured")
+    except Exception as error:  # a worker died
+        print("compiling failed:", error)
     pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -197,13 +168,20 @@ def stage_tune(folder: Path, rest: list[str]) -> int:
 
 
 def stage_profile(folder: Path, rest: list[str]) -> int:
-    """Whatever `profiling/run.py` can read on this machine."""
-    profiler = ROOT / "profiling" / "run.py"
-    if not profiler.exists():
-        print(f"{profiler}: not there")
-        return 1
-    command = [sys.executable, str(profiler), f"--output={folder}", *rest]
-    return _run(command, folder / "profile.log", LIMIT, _environment())
+    """One long shape per head dim: PyTorch's profiler, and Nsight Compute where it is installed."""
+    profiler = [sys.executable, str(ROOT / "profiling" / "run.py"), f"--output={folder}", *rest]
+    modes = ["torch", *["ncu"] * bool(shutil.which("ncu"))]
+    runs = [(mode, shape) for mode in modes for shape in PROFILED]
+    statuses = [
+        _run(
+            [*profiler, f"--mode={mode}", f"--shape={shape}"],
+            folder / "profile.log",
+            LIMIT / len(runs),
+            _environment(),
+        )
+        for mode, shape in runs
+    ]
+    return max(statuses)
 
 
 STAGES = {
@@ -216,22 +194,39 @@ STAGES = {
 
 
 def _run(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> int:
-    """Runs with its output on the terminal and in ``log``; 124 when it took too long."""
+    """Runs with its output on the terminal and added to ``log``; 124 when it took too long."""
     print("$", *command, flush=True)
+    late = threading.Event()
     with (
-        log.open("w") as file,
+        log.open("a") as file,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # so that its workers can be stopped with it
         ) as process,
     ):
         assert process.stdout
-        timer = threading.Timer(seconds, process.kill)
+
+        def stop() -> None:
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(max(1.0, seconds), stop)
         timer.start()
-        for line in process.stdout:
-            file.write(line)
-            print(line, end="", flush=True)
-        timer.cancel()
-    if process.returncode == -9:
+        try:
+            for line in process.stdout:
+                file.write(line)
+                print(line, end="", flush=True)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            timer.cancel()
+    if late.is_set():
         print(f"stopped after {seconds:.0f} s: run again to go on")
         return 124
     return process.returncode

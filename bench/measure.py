@@ -7,6 +7,7 @@ GPU busy while the host launches what is timed. A CPU is timed by its monotonic 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -91,9 +92,11 @@ def _prepare(provider: Provider, case: Case, backward: bool, outcome: Outcome) -
     outcome.peak_memory_mb = peak_memory(steps, case.device) / 2**20
     outcome.launch = "cpu" if case.device.type == "cpu" else "graph"
     if outcome.launch == "graph":
+        stream = torch.cuda.current_stream()
         try:
             return captured(steps)
         except RuntimeError:  # a call that allocates or reads back in a way a graph forbids
+            torch.cuda.set_stream(stream)  # a capture that fails does not leave its own
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             outcome.launch = "eager"
@@ -122,6 +125,17 @@ def make_steps(case: Case, attention, backward: bool) -> list[Step]:
     return [forward, backward_]
 
 
+@dataclass
+class Replay:
+    """A captured step. A graph reads masks and sort orders by address, so they must outlive it."""
+
+    graph: torch.cuda.CUDAGraph
+    keeps: list[Step]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def captured(steps: list[Step]) -> list[Step]:
     """The same steps as CUDA graphs that share one memory pool and are replayed in order."""
     stream = torch.cuda.Stream()
@@ -136,7 +150,7 @@ def captured(steps: list[Step]) -> list[Step]:
         with torch.cuda.graph(graph, pool=pool):
             step()
         graphs.append(graph)
-    return [graph.replay for graph in graphs]
+    return [Replay(graph, steps) for graph in graphs]
 
 
 def _interleave(
@@ -268,6 +282,9 @@ def environment() -> dict[str, str]:
 
 
 def _commit() -> str:
+    """``VIDGEN_COMMIT`` names it where the source travels without its history."""
+    if named := os.environ.get("VIDGEN_COMMIT"):
+        return named
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     root = Path(__file__).parent
     try:

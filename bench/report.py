@@ -27,6 +27,7 @@ BASELINES = (
 )  # the first that a shape has: what a model does without our kernels
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 KEY = ("op", "shape", "dtype", "direction", "provider")
+SPEEDUP = re.compile(r"~?([\d.]+)x")
 NOISY = 0.1  # a spread (interquartile range over median) above this is shown
 
 # Okabe and Ito's palette, readable with any colour vision; ours is the strong one.
@@ -187,16 +188,24 @@ def _broken(group: Group) -> list[str]:
 
 
 def reasons(found: list[Group]) -> list[str]:
-    """Why providers are missing, each said once."""
-    shapes: dict[tuple, dict] = {}
+    """Why providers are missing, each said once, with the shapes and directions it holds for."""
+    where: dict[tuple, list[Group]] = {}
     for g in found:
         for provider, row in g.missing.items():
-            shapes.setdefault((provider, row["status"], row["reason"]), {})[g.shape] = None
-    everything = {g.shape for g in found}
+            where.setdefault((provider, row["status"], row["reason"]), []).append(g)
     return [
-        f"{provider}, {status}: {reason} ({'all' if len(of) == len(everything) else ', '.join(of)})"
-        for (provider, status, reason), of in shapes.items()
+        f"{provider}, {status}: {reason} ({_extent(of, found)})"
+        for (provider, status, reason), of in where.items()
     ]
+
+
+def _extent(some: list[Group], all_of_them: list[Group]) -> str:
+    """``all``, or the names of the shapes and directions in ``some``."""
+    parts = []
+    for get in (lambda g: g.shape, lambda g: g.direction):
+        names, everything = (dict.fromkeys(map(get, x)) for x in (some, all_of_them))
+        parts += [", ".join(names)] if len(names) < len(everything) else []
+    return "; ".join(parts) or "all"
 
 
 def print_report(found: list[Group], console: Console) -> None:
@@ -222,9 +231,9 @@ LEGEND = (
 
 
 def _coloured(cell: str) -> str:
-    if not cell.endswith("x"):
-        return f"[bold red]{cell}[/]" if cell == "WRONG" else cell
-    return f"[green]{cell}[/]" if float(cell.strip("~x")) >= 1 else f"[red]{cell}[/]"
+    if speedup := SPEEDUP.fullmatch(cell):
+        return f"[green]{cell}[/]" if float(speedup[1]) >= 1 else f"[red]{cell}[/]"
+    return f"[bold red]{cell}[/]" if cell in ("WRONG", "failed", "wrong") else cell
 
 
 def _sections(found: list[Group]) -> list[tuple[tuple[str, str, str], list[Group]]]:
@@ -252,7 +261,7 @@ def markdown(results: dict, found: list[Group], op: str) -> str:
         f"* torch {machine['torch']}, triton {machine['triton']}, commit {', '.join(commits)}, "
         f"{results['datetime'][:10]}",
         *(f"* peak measured in the same run, {d}: {peak:.3g} TFLOP/s" for d, peak in peaks.items()),
-        *(["* " + REDUCED_NOTE] if machine["gpu"] == "cpu" else []),
+        *(f"* {caveat}" for caveat in caveats(machine)),
         f"* {LEGEND}",
         "",
         f"![speed-up over the dense mask]({op}_speedup.png)",
@@ -278,6 +287,17 @@ REDUCED_NOTE = (
     "**reduced set** for a CPU: real token layouts at batch 1 and at most 8 heads; "
     "says nothing about a GPU"
 )
+
+
+def caveats(machine: dict) -> list[str]:
+    """What a reader must know before the numbers."""
+    if machine["gpu"] != "cpu":
+        return []
+    found = [REDUCED_NOTE]
+    load, threads = machine.get("load", 0), machine.get("threads", 1)
+    if load > threads + 1:
+        found.append(f"**the machine was busy**: load {load:.1f} where we ran {threads} threads")
+    return found
 
 
 def _markdown_table(names: list[str], part: list[Group], peers: list[str]) -> list[str]:
@@ -362,8 +382,8 @@ def _dot_plot(found: list[Group], path: Path, draw, label: str, start: float) ->
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(left=False, labelsize=8)
-        axes.set_xlim(left=0)
     first = panels[0][0]
+    first.set_xlim(left=0)
     first.set_yticks(range(len(shapes)), [f"{shape}  {dtype}" for shape, dtype in shapes])
     first.set_ylim(len(shapes) - 0.5, -0.5)
     figure.supxlabel(label, fontsize=9)
@@ -415,8 +435,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.output or RESULTS / folder_name(results["machine_info"]["gpu"])
     file_results(results, folder, keep_old=args.merge)
     found = groups(results)
-    if results["machine_info"]["gpu"] == "cpu":
-        print(REDUCED_NOTE.replace("*", ""))
+    for caveat in caveats(results["machine_info"]):
+        print(caveat.replace("*", ""))
     console = Console()
     print_report(found, console if console.is_terminal else Console(width=140))
     print(f"results and plots: {folder}")

@@ -3,16 +3,18 @@
     with ranges.enabled(model):
         model(x).sum().backward()
 
-Nsight shows and filters them, in the domain ``vidgen`` if the nvtx package is there, else in the default one;
-torch.profiler shows them as annotations. Nothing is installed outside the ``with``, so a program pays only for
-the ranges it asks for, and torch.compile sees none of this.
+Nsight shows and filters them, in the domain ``vidgen`` if the nvtx package is there, else in the
+default one; torch.profiler shows them as annotations. Nothing is installed outside the ``with``: a
+program pays only for ranges it asks for, and torch.compile never meets them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,58 +24,61 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DOMAIN = "vidgen"
 
 
+class _Nvtx(NamedTuple):
+    push: Callable[[str], object]
+    pop: Callable[[], object]
+    start: Callable[[str], object]
+    end: Callable[[object], object]
+
+
 @cache
-def _nvtx() -> tuple[Callable, Callable, Callable, Callable] | None:
-    """push(name), pop(), start(name) -> id, end(id); None where PyTorch has no NVTX either."""
+def _nvtx() -> _Nvtx:
     try:
         import nvtx
     except ImportError:
-        n = torch.cuda.nvtx
-        return (n.range_push, n.range_pop, n.range_start, n.range_end) if torch.version.cuda else None
-    domain = nvtx.get_domain(DOMAIN)  # a dummy if no tool is attached
-
-    @cache
-    def named(name: str):
-        return domain.get_event_attributes(message=name)
-
-    def push(name: str) -> None:
-        domain.push_range(named(name))
-
-    def start(name: str):
-        return domain.start_range(named(name))
-
-    return push, domain.pop_range, start, domain.end_range
+        if not torch.version.cuda:  # such a PyTorch has no NVTX, and its functions raise
+            return _Nvtx(*[lambda *_: None] * 4)
+        library = torch.cuda.nvtx
+        return _Nvtx(library.range_push, library.range_pop, library.range_start, library.range_end)
+    domain = nvtx.get_domain(DOMAIN)  # a dummy unless a tool is attached
+    message = cache(lambda name: domain.get_event_attributes(message=name))
+    return _Nvtx(
+        lambda name: domain.push_range(message(name)),
+        domain.pop_range,
+        lambda name: domain.start_range(message(name)),
+        domain.end_range,
+    )
 
 
 @contextmanager
 def region(name: str) -> Iterator[None]:
-    """A range on the current thread, the one that launches."""
-    nvtx = _nvtx()
+    """A range on the current thread, around what it launches."""
     with record_function(name):
-        if nvtx:
-            nvtx[0](name)
+        _nvtx().push(name)
         try:
             yield
         finally:
-            if nvtx:
-                nvtx[1]()
+            _nvtx().pop()
 
 
 @contextmanager
 def _overlapping(name: str) -> Iterator[None]:
     """A range that need not nest: autograd may start one module before it ends another."""
-    nvtx = _nvtx()
     with record_function(name):
-        handle = nvtx[2](name) if nvtx else None
+        handle = _nvtx().start(name)
         try:
             yield
         finally:
-            if nvtx:
-                nvtx[3](handle)
+            _nvtx().end(handle)
 
 
 class _OpRanges(TorchDispatchMode):
     """Below autograd and, since autograd hands modes on to its threads, in backward too."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # A compiled model shows its ranges when it runs, and would not compile under other modes.
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         ours = func.namespace == DOMAIN
@@ -81,42 +86,49 @@ class _OpRanges(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
 
-class _ModuleRanges:
-    """Hooks that open and close one range per call of a module and pass."""
+@contextmanager
+def _module_ranges(name: str, module: nn.Module) -> Iterator[None]:
+    """Hooks on one module, a range per call and pass. A stack, as modules may call themselves."""
+    forward, backward = [], []
 
-    def __init__(self, name: str, module: nn.Module):
-        opened = {"forward": [], "backward": []}
+    def start(stack: list, make_range: Callable, range_name: str, *_) -> None:
+        stack.append(make_range(range_name))
+        stack[-1].__enter__()
 
-        def start(make: Callable, stack: list, *_) -> None:
-            stack.append(make())
-            stack[-1].__enter__()
+    def stop(stack: list, *_) -> None:
+        if stack:
+            stack.pop().__exit__(None, None, None)
 
-        def stop(stack: list, *_) -> None:
-            if stack:
-                stack.pop().__exit__(None, None, None)
-
-        forward, backward = opened.values()
-        self.handles = [
-            module.register_forward_pre_hook(partial(start, partial(region, name), forward)),
-            module.register_forward_hook(partial(stop, forward), always_call=True),
-            module.register_full_backward_pre_hook(
-                partial(start, partial(_overlapping, f"{name} backward"), backward)
-            ),
-            module.register_full_backward_hook(partial(stop, backward)),
-        ]
-
-    def remove(self) -> None:
-        for handle in self.handles:
+    to_forward = partial(start, forward, region, name)
+    to_backward = partial(start, backward, _overlapping, f"{name} backward")
+    handles = [
+        module.register_forward_pre_hook(to_forward),
+        module.register_forward_hook(partial(stop, forward), always_call=True),
+        module.register_full_backward_pre_hook(to_backward),
+        module.register_full_backward_hook(partial(stop, backward)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
+        while backward:  # a backward that raised leaves its ranges open
+            stop(backward)
 
 
 @contextmanager
 def enabled(model: nn.Module | None = None) -> Iterator[None]:
-    """Ranges on, for every op ``vidgen::*`` and for each module of ``model``, by its qualified name."""
+    """Ranges for every op ``vidgen::*``, and for each module of ``model`` by its qualified name.
+
+    Modules inside a compiled model stay anonymous, and those whose output is changed in place
+    cannot have the backward hooks.
+    """
     with ExitStack() as stack:
         if model is not None:
+            stack.enter_context(warnings.catch_warnings())
+            # True of every first module, and meant for hooks that look at gradients.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
             for name, module in model.named_modules():
-                ranges = _ModuleRanges(name or type(model).__name__, module)
-                stack.callback(ranges.remove)
+                stack.enter_context(_module_ranges(name or type(model).__name__, module))
         stack.enter_context(_OpRanges())
         yield

@@ -1,10 +1,11 @@
 """Profiles one op at one shape: ``vidgen profile``, or ``python profiling/run.py``.
 
-    vidgen profile --shape wan_14b_causal --direction bwd              a table and a trace, by torch.profiler
-    vidgen profile --shape wan_14b_causal --mode nsys                  a timeline, by Nsight Systems
-    vidgen profile --shape wan_14b_causal --mode ncu --direction fwd   counters and source lines, by Nsight Compute
+    --mode torch   a table and a trace, by torch.profiler (the default, on a CPU too)
+    --mode nsys    a timeline, by Nsight Systems
+    --mode ncu     counters and source lines of each kernel, by Nsight Compute
 
-Compilation and warm-up come first; only the calls between cudaProfilerStart and cudaProfilerStop are recorded.
+Compilation and warm-up come first; Nsight records only what lies between cudaProfilerStart and
+cudaProfilerStop, torch.profiler the same calls.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
 
 FOLDER = Path(__file__).resolve().parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent / "kernels")]  # run by path
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent / "kernels")]  # run by path
 
-import ranges
-import torch
-from torch.profiler import ProfilerActivity, profile
+import ranges  # noqa: E402
+import torch  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from bench.cases import Case
-from bench.providers import PROVIDERS
-from vidgen.shapes import SETS, AttentionShape
+from bench.cases import Case  # noqa: E402
+from bench.providers import PROVIDERS  # noqa: E402
+from vidgen.shapes import SETS, AttentionShape  # noqa: E402
 
 OPS = {"attention": {shape.name: shape for shapes in SETS.values() for shape in shapes}}
 DTYPES = {
@@ -49,8 +51,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     shape, dtype = DEFAULTS[device]
     parser = argparse.ArgumentParser(prog="vidgen profile", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--op", choices=OPS, default="attention")
-    parser.add_argument("--shape", default=shape, help="a name of vidgen/shapes.py (default: %(default)s)")
-    parser.add_argument("--provider", choices=PROVIDERS, default="ours", help="or a baseline, to compare")
+    parser.add_argument(
+        "--shape", default=shape, help="a name of vidgen/shapes.py (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--provider", choices=PROVIDERS, default="ours", help="or a baseline, to compare"
+    )
     parser.add_argument("--direction", choices=("fwd", "bwd", "fwd+bwd"), default="fwd+bwd")
     parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="(default: %(default)s)")
     parser.add_argument(
@@ -86,16 +92,22 @@ def prepare(
     attention = PROVIDERS[provider].setup(case)
     leaves = [x.detach().requires_grad_(direction != "fwd") for x in (case.q, case.k, case.v)]
 
+    def forward() -> torch.Tensor:
+        return attention(*leaves)
+
     def backward(out: torch.Tensor) -> None:
         torch.autograd.grad(out, leaves, case.do)
 
     def calls(n: int) -> Callable[[], None]:
-        if direction == "fwd":
-            return lambda: [attention(*leaves) for _ in range(n)] and None
-        if direction == "fwd+bwd":
-            return lambda: [backward(attention(*leaves)) for _ in range(n)] and None
-        outs = [attention(*leaves) for _ in range(n)]
-        return lambda: [backward(out) for out in outs] and None
+        outs = [forward() for _ in range(n)] if direction == "bwd" else []
+
+        def run() -> None:
+            for i in range(n):
+                out = outs[i] if outs else forward()
+                if direction != "fwd":
+                    backward(out)
+
+        return run
 
     return calls
 
@@ -131,6 +143,9 @@ def by_torch(work: Callable[[], None], device: torch.device, stem: Path) -> None
 
 def by_script(args: argparse.Namespace, stem: Path) -> int:
     """nsys.sh or ncu.sh, which run this file again with ``--mode region``."""
+    if not args.dry_run and not which(args.mode):
+        print(f"{args.mode}: not on PATH, see profiling/README.md", file=sys.stderr)
+        return 127
     command = [str(FOLDER / f"{args.mode}.sh"), *["--dry-run"] * args.dry_run, str(stem)]
     for name in ("op", "shape", "provider", "direction", "dtype", "calls"):
         command.append(f"--{name}={getattr(args, name)}")

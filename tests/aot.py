@@ -68,9 +68,7 @@ class Case:
 
     @property
     def launch(self) -> LaunchConfig:
-        return self.config or lookup(
-            self.kernel, self.head_dim, DTYPES[self.dtype], f"sm_{self.arch}"
-        )
+        return self.config or lookup(self.kernel, self.head_dim, DTYPES[self.dtype], self.arch)
 
     def __str__(self) -> str:
         extra = f"-i{self.intervals}" * (self.intervals > 1) + "-dlse" * self.dlse
@@ -149,7 +147,7 @@ def launches_compile(case: Case) -> Iterator[list]:
     with (
         mock.patch.object(driver, "_active", Target(case.arch)),
         mock.patch.object(JITFunction, "__getitem__", launch),
-        mock.patch.object(attention, "architecture", lambda x: f"sm_{case.arch}"),
+        mock.patch.object(attention, "architecture", lambda x: case.arch),
         mock.patch.object(attention, "lookup", lambda *args: case.launch),
     ):
         yield compiled
@@ -166,10 +164,8 @@ def compile_case(case: Case):
         if case.kernel == "fwd":
             attention._launch_fwd(x, x, x, table, table, 0.125)
         else:
-            tables = (table,) * 4
-            attention._launch_bwd(
-                x, lse if case.dlse else None, x, x, x, x, lse, *tables, 0.125
-            )  # fmt: skip
+            dlse = lse if case.dlse else None
+            attention._launch_bwd(x, dlse, x, x, x, x, lse, *(table,) * 4, 0.125)
     (kernel,) = compiled
     return kernel
 

@@ -27,12 +27,14 @@ def table() -> dict[str, list[str]]:
 def test_compiles_well(case: aot.Case, table: dict[str, list[str]]) -> None:
     report = aot.inspect(case)
     assert report.shared <= aot.SHARED_LIMIT[case.arch]
-    assert report.local == 0, "local memory in a main sweep"
+    # Three TF32 products, or fp64, of 256-wide rows want more registers than any tile leaves them.
+    is_wide = case.head_dim > 128 and case.dtype in ("float32", "float64")
+    assert report.local == 0 or is_wide, "local memory in a main sweep"
     if case.dtype == "float64":
         assert report.tensor.startswith("DMMA")
     else:
         assert report.tensor.startswith(("HMMA", "HGMMA")[: 1 + (case.arch >= 90)])
-    if case.dtype in HALF:
+    if case.dtype in HALF and case.head_dim <= 128:  # beyond, more rows per warp would spill
         assert report.repeated == 0, "warps repeat each other's products"
     if case.kernel == "fwd" and case.dtype in HALF and case.arch == 80:
         few_rows = case.head_dim == 64 and case.launch.block_m / case.launch.num_warps < 32

@@ -56,7 +56,7 @@ def check(recipe, *, use: str = "out lse", softmax_scale: float | None = None, *
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
-    monkeypatch.setattr(configs, "INTERPRETER", configs.LaunchConfig(block_m, block_n))
+    monkeypatch.setattr(configs, "INTERPRETER", configs.LaunchConfig(block_m, block_n, num_warps=4, num_stages=1))
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -154,13 +154,13 @@ def test_gradient_of_either_output(use: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [-0.7, 0, 0.0, 1e-3, 2, 3.0])
 def test_softmax_scales(scale: float) -> None:
     check(RECIPES["text"], softmax_scale=scale)
-    check(RECIPES["sinks"], softmax_scale=scale, dtype=torch.float32)
+    check(RECIPES["text"], softmax_scale=scale, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_scores_far_beyond_what_exp_can_take(dtype: torch.dtype) -> None:
+def test_scores_far_beyond_what_exp_can_take() -> None:
     dense = dense_mask(RECIPES["frames"])
-    q, k, v = random_qkv(dense, dtype=dtype, head_dim=64)
+    q, k, v = random_qkv(dense, dtype=torch.float16, head_dim=64)
+    assert (16 * q @ (16 * k).mT).double().abs().max() / 8 > 1000
     check_attention(attend(build_mask(RECIPES["frames"])), (16 * q, 16 * k, v), dense)
 
 
@@ -221,32 +221,30 @@ def test_strides_of_gradients(view: str) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["sinks", "ranks", "text"])
+SMALL = {  # a handful of tokens, with rows and keys that see nothing
+    "sinks": ("block_causal", {"block_lengths": [1, 1, 2], "window": 1, "sink_blocks": 1}),
+    "ranks": ("from_ranks", {"rank_q": [-1, 0, 2], "rank_k": [0, 1, 3]}),
+    "text": (
+        "pad_text",
+        {
+            "mask": ("teacher_forcing", {"block_lengths": [2]}),
+            "text_length": 2,
+            "valid_lengths": [1],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
 def test_gradcheck(kind: str) -> None:
-    recipes = {
-        "sinks": (
-            "block_causal",
-            {"block_lengths": [2, 1, 2, 1], "window": 1, "sink_blocks": 1},
-        ),
-        "ranks": RECIPES["ranks"],
-        "text": (
-            "pad_text",
-            {
-                "mask": ("teacher_forcing", {"block_lengths": [3, 1]}),
-                "text_length": 2,
-                "valid_lengths": [1],
-            },
-        ),
-    }
-    dense = dense_mask(recipes[kind])
-    mask = build_mask(recipes[kind])
+    dense, mask = dense_mask(SMALL[kind]), build_mask(SMALL[kind])
     sees_something = dense.any(-1)[:, None].expand(-1, 2, -1)
 
     def outputs(q, k, v):
         out, lse = attend(mask)(q, k, v)
         return out, lse[sees_something]  # -inf has no finite difference
 
-    qkv = [x.requires_grad_() for x in random_qkv(dense, head_dim=3)]
+    qkv = [x.requires_grad_() for x in random_qkv(dense, head_dim=2)]
     assert torch.autograd.gradcheck(outputs, qkv)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen_kernels import IntervalMask, intervals, reference
+from vidgen_kernels import IntervalMask, intervals, reference, runs
 from vidgen_kernels.testing import build_mask, dense_mask, intervals_needed, random_layout
 
 pytestmark = pytest.mark.portable_only  # pure torch: the interpreter has no part in it
@@ -26,7 +26,7 @@ def check(mask: IntervalMask, dense: Tensor) -> None:
     q_begin, q_end, k_begin, k_end = mask.intervals(n_queries, n_keys)
     for x in (q_begin, q_end, k_begin, k_end):
         assert x.dtype == torch.int32 and x.is_contiguous()
-    assert len(q_begin) <= intervals.MAX_INTERVALS and len(k_begin) <= intervals.MAX_INTERVALS
+    assert len(q_begin) <= runs.MAX_INTERVALS and len(k_begin) <= runs.MAX_INTERVALS
     by_query = dense_of(q_begin, q_end, n_keys)
     by_key = dense_of(k_begin, k_end, n_queries).mT
     for seen in (by_query, by_key, mask.to_dense()):

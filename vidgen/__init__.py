@@ -1,1 +1,1 @@
-"""Video-generation models on `vidgen_kernels`, and the command line that measures and verifies both."""
+"""Video-generation models on `vidgen_kernels`, and the command line that measures them."""

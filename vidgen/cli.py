@@ -30,8 +30,8 @@ EXTRAS = {
     "peers": ("flash_attn", "xformers", "natten"),
 }
 
-# A finished test in pytest's verbose output: its id and how far the run is.
-FINISHED = re.compile(r"::(?P<test>\S+) [A-Z]+.*\[ *(?P<percent>\d+)%\]")
+# A finished test in pytest's verbose output: its parameters and how far the run is.
+FINISHED = re.compile(r"\[(?P<case>\S+)\] [A-Z]+.*\[ *(?P<percent>\d+)%\]")
 
 
 class CommandError(Exception):
@@ -40,28 +40,35 @@ class CommandError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    chosen = next((a for a in argv if a in COMMANDS), None)
+    try:
+        args = _parse(argv)
+        return COMMANDS[args.command][2](args)
+    except CommandError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+        if extra is None:
+            raise
+        message = f"needs {error.name}: pip install 'vidgen-kernels[{extra}]'"
+    print(f"vidgen: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vidgen", description="Exact, fast attention for video-generation models."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if word in COMMANDS), None)
     for name, (summary, configure, _) in COMMANDS.items():
-        passes_on = name in PASSES_ARGUMENTS_ON
-        command = subparsers.add_parser(
-            name, help=summary, description=summary, add_help=not passes_on
-        )
+        add_help = name not in PASSES_ARGUMENTS_ON
+        command = subparsers.add_parser(name, help=summary, description=summary, add_help=add_help)
         if name == chosen and configure:
             configure(command)
-    args, rest = parser.parse_known_args(argv)
-    if args.command in PASSES_ARGUMENTS_ON:
-        args.rest = rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        return COMMANDS[args.command][2](args)
-    except CommandError as error:
-        print(f"vidgen {args.command}: error: {error}", file=sys.stderr)
-        return 1
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.command not in PASSES_ARGUMENTS_ON:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    return args
 
 
 # ---- bench
@@ -154,7 +161,7 @@ def _run_with_progress(command: list[str]) -> tuple[int, list[str]]:
         for line in process.stdout or ():
             log.append(line.rstrip())
             if done := FINISHED.search(line):
-                progress.update(task, completed=int(done["percent"]), description=done["test"])
+                progress.update(task, completed=int(done["percent"]), description=done["case"])
     return process.returncode, log
 
 

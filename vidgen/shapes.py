@@ -163,11 +163,13 @@ def _nova() -> list[AttentionShape]:
 
 
 def _wan() -> list[AttentionShape]:
-    frames = (1560,) * 21
+    kinds: tuple[MaskKind, ...] = ("block_causal", "teacher_forcing")
     return [
-        AttentionShape(f"wan_{size}_{kind}", f"causal Wan {size}", 1, heads, 128, mask, frames)
-        for size, heads in (("1.3b", 12), ("14b", 40))
-        for kind, mask in (("causal", "block_causal"), ("teacher_forcing", "teacher_forcing"))
+        AttentionShape(
+            f"wan_{size}_{kind}", f"causal Wan {size}", 1, heads, 128, kind, (1560,) * 21
+        )
+        for size, heads in (("14b", 40), ("1.3b", 12))
+        for kind in kinds
     ]
 
 

@@ -1,4 +1,9 @@
-"""Launch configurations as data: (pass, dtype size, head dim, architecture) -> tiles, warps, stages."""
+"""Launch configurations as data: tiles, warps and pipeline stages of every kernel.
+
+Found by `make gpu STAGE=tune` where an architecture was at hand, else the configuration whose machine
+code is best: no local memory in the main sweep, then the fewest instructions per matrix product
+(tests/aot_table.md). Nothing is tuned at run time, so a call is reproducible and can be compiled ahead.
+"""
 
 from dataclasses import dataclass
 
@@ -9,10 +14,10 @@ import torch
 class LaunchConfig:
     block_m: int  # queries per tile
     block_n: int  # keys per tile
-    num_warps: int = 4
-    num_stages: int = 2
+    num_warps: int
+    num_stages: int
 
-    def kwargs(self) -> dict:
+    def kwargs(self) -> dict[str, int]:
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -21,37 +26,57 @@ class LaunchConfig:
         }
 
 
-INTERPRETER = LaunchConfig(16, 16)
+C = LaunchConfig
+INTERPRETER = C(16, 16, num_warps=4, num_stages=1)  # small tiles: short sequences still have several
 
-# fmt: off
-# 16-bit: {pass: {head dim, padded: {architecture: config}}}
-HALF = {
-    "fwd": {
-        32: {"sm_80": LaunchConfig(128, 64, 4, 3), "sm_90": LaunchConfig(128, 64, 4, 3)},
-        64: {"sm_80": LaunchConfig(128, 64, 4, 3), "sm_90": LaunchConfig(128, 128, 4, 2)},
-        128: {"sm_80": LaunchConfig(128, 64, 8, 3), "sm_90": LaunchConfig(128, 128, 8, 2)},
-        256: {"sm_80": LaunchConfig(128, 32, 8, 2), "sm_90": LaunchConfig(128, 64, 8, 2)},
+# {(kernel, bits of the dtype): {largest head dim: {oldest architecture: configuration}}}
+# 96 has rows of its own: loads of tiles that are not full cost registers.
+INTERVAL_ATTENTION = {
+    ("fwd", 16): {
+        32: {80: C(128, 64, 4, 3)},
+        64: {80: C(128, 64, 4, 3), 90: C(128, 128, 8, 2)},
+        96: {80: C(128, 32, 4, 3), 90: C(128, 128, 8, 2)},
+        128: {80: C(128, 64, 8, 3), 90: C(128, 128, 8, 2)},
+        256: {80: C(64, 64, 8, 2), 90: C(128, 64, 8, 2)},
     },
-    "dq": {
-        32: {"sm_80": LaunchConfig(128, 32, 4, 3), "sm_90": LaunchConfig(128, 64, 8, 2)},
-        64: {"sm_80": LaunchConfig(128, 32, 4, 3), "sm_90": LaunchConfig(128, 64, 8, 2)},
-        128: {"sm_80": LaunchConfig(128, 64, 8, 3), "sm_90": LaunchConfig(128, 64, 8, 2)},
-        256: {"sm_80": LaunchConfig(64, 32, 8, 2), "sm_90": LaunchConfig(64, 32, 8, 2)},
+    ("dq", 16): {
+        32: {80: C(128, 32, 4, 3), 90: C(128, 64, 8, 2)},
+        64: {80: C(128, 32, 4, 3), 90: C(128, 128, 8, 2)},
+        96: {80: C(128, 32, 8, 3), 90: C(128, 64, 8, 2)},
+        128: {80: C(128, 64, 8, 3), 90: C(128, 64, 8, 2)},
+        256: {80: C(64, 64, 8, 2), 90: C(128, 32, 8, 2)},
     },
-    "dkdv": {
-        32: {"sm_80": LaunchConfig(32, 128, 4, 3), "sm_90": LaunchConfig(128, 128, 8, 2)},
-        64: {"sm_80": LaunchConfig(32, 128, 4, 3), "sm_90": LaunchConfig(128, 128, 8, 2)},
-        128: {"sm_80": LaunchConfig(128, 64, 8, 2), "sm_90": LaunchConfig(64, 128, 8, 2)},
-        256: {"sm_80": LaunchConfig(32, 64, 8, 2), "sm_90": LaunchConfig(32, 64, 8, 2)},
+    ("dkdv", 16): {
+        32: {80: C(32, 128, 4, 3), 90: C(64, 128, 8, 2)},
+        64: {80: C(32, 128, 4, 3), 90: C(64, 128, 8, 2)},
+        96: {80: C(128, 64, 8, 2), 90: C(32, 128, 8, 2)},
+        128: {80: C(128, 64, 8, 2), 90: C(64, 128, 8, 2)},
+        256: {80: C(64, 64, 8, 2), 90: C(32, 32, 4, 2)},
     },
+    ("fwd", 32): {
+        64: {80: C(128, 32, 8, 2)},
+        128: {80: C(32, 32, 4, 2)},
+        256: {80: C(16, 32, 8, 1)},
+    },
+    ("dq", 32): {64: {80: C(32, 64, 8, 2)}, 128: {80: C(32, 32, 8, 2)}, 256: {80: C(16, 16, 8, 1)}},
+    ("dkdv", 32): {
+        64: {80: C(64, 32, 8, 2)},
+        128: {80: C(32, 16, 4, 1)},
+        256: {80: C(16, 16, 8, 1)},
+    },
+    ("fwd", 64): {64: {80: C(32, 32, 4, 2)}, 128: {80: C(16, 32, 4, 2)}, 256: {80: C(16, 16, 8, 1)}},
+    ("dq", 64): {64: {80: C(32, 32, 4, 2)}, 128: {80: C(16, 32, 4, 2)}, 256: {80: C(16, 16, 8, 1)}},
+    ("dkdv", 64): {64: {80: C(32, 32, 4, 2)}, 128: {80: C(16, 16, 4, 1)}, 256: {80: C(16, 16, 8, 1)}},
 }
-# fmt: on
 
 
-def lookup(kernel: str, head_dim: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    if arch == "interpreter":
+def lookup(kernel: str, head_dim: int, dtype: torch.dtype, arch: int | None) -> LaunchConfig:
+    """The configuration for compute capability ``arch`` (80, 90, ...; None: the interpreter).
+
+    Architectures in between or older use the next older one's, or sm_80's.
+    """
+    if arch is None:
         return INTERPRETER
-    for limit, row in HALF[kernel].items():
-        if head_dim <= limit:
-            return row["sm_90" if arch >= "sm_90" else "sm_80"]
-    raise ValueError(f"head_dim: expected at most 256, got {head_dim}")
+    by_head_dim = INTERVAL_ATTENTION[kernel, 8 * dtype.itemsize]
+    by_arch = by_head_dim[min(limit for limit in by_head_dim if head_dim <= limit)]
+    return by_arch[max((a for a in by_arch if a <= arch), default=80)]

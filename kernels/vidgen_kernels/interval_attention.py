@@ -10,11 +10,11 @@
 
 Shapes: q, out, do, dq [B, H, Tq, D]; k, v, dk, dv [B, Hkv, Tk, D]; lse, dlse, delta [B, H, Tq].
 
-A program owns one tile of rows (queries for forward and dQ, keys for dK/dV) and, per interval, sweeps
-the other side in tiles from the smallest begin of its rows to the largest end. Tiles between the
-largest begin and the smallest end are common to all rows and carry no mask code; only the ragged ones
-at either end are masked. With frames of some hundred tokens nearly every tile is of the first kind.
-dK/dV works on the transposed scores with the transposed intervals, so nothing is added atomically and
+A program owns one tile of rows (queries for forward and dQ, keys for dK/dV) and, per interval,
+sweeps the other side in tiles, from the smallest begin of its rows to the largest end. Tiles between
+the largest begin and the smallest end are seen by all rows and carry no mask code; only the ragged
+ones before and after them do. With frames of some hundred tokens nearly all are of the first kind.
+dK/dV works on transposed scores with the transposed intervals, so nothing is added atomically and
 gradients are bitwise repeatable. Exponentials are base 2, log2(e) folded into the scale.
 
 FlashAttention-2 (arXiv 2307.08691) without causal blocks; used by Pyramid Flow (2410.05954),
@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from . import portable
 from ._triton import (
@@ -37,10 +38,8 @@ from ._triton import (
     scalar,
 )
 from .configs import lookup
+from .front_door import autocast, check_qkv, resolve_scale
 from .intervals import IntervalMask
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-MAX_HEAD_DIM = 256
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def _load_interval(begin_ptr, end_ptr, offs_t, n_tokens):
 
 @triton.jit
 def _sweep(begin, end, BLOCK: tl.constexpr):
-    """The tiles a sweep visits: ``first + t * BLOCK`` for t < n_tiles, mask-free for n_head <= t < n_head + n_full."""
+    """Tiles ``first + t * BLOCK``, t < n_tiles; all rows see those of n_head <= t < n_head + n_full."""
     first = tl.min(tl.where(begin < end, begin, 2147483647), 0)
     last = tl.max(end, 0)
     n_tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK)
@@ -101,10 +100,11 @@ def _is_inside(offs, begin, end):
 
 @triton.jit
 def _fwd_tile(
-    acc, l_i, m_i, q, k_ptrs, v_ptrs, start, begin, end, n_keys, stride_kt, stride_vt, offs_n, offs_d, scale,
+    acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_kt, stride_vt, start, offs_n, offs_d, n_keys,
+    begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax step over keys ``start + offs_n``; running max m_i in log2 units."""
+    """One online-softmax step over the keys ``start + offs_n``; m_i is in log2 units."""
     k = _load_tile(
         k_ptrs + start.to(tl.int64) * stride_kt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
     )
@@ -112,7 +112,7 @@ def _fwd_tile(
     if MASK:
         qk = tl.where(_is_inside(start + offs_n, begin, end), qk, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
-    # A row that has seen nothing yet has m_new = -inf; exp2(-inf - 0) = 0 where -inf + inf would be NaN.
+    # A row that has seen nothing yet has m_new = -inf: exp2(-inf - 0) = 0, -inf + inf would be NaN.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASK else m_new
     p = tl.exp2(qk * scale - shift[:, None])
     alpha = tl.exp2(m_i - shift)
@@ -155,20 +155,22 @@ def _interval_attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     l_i = tl.zeros([BLOCK_M], ACC)
     m_i = tl.full([BLOCK_M], float("-inf"), ACC)
-    for i in tl.static_range(INTERVALS):
+    for i in range(INTERVALS):
         table = i * stride_table[0] + table_offset
         begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
         first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_N)
         for t in range(n_tiles - n_full):
             tile = tl.where(t < n_head, t, t + n_full)
             acc, l_i, m_i = _fwd_tile(
-                acc, l_i, m_i, q, k_ptrs, v_ptrs, first + tile * BLOCK_N, begin, end, n_keys,
-                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, True,
+                acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
+                first + tile * BLOCK_N, offs_n, offs_d, n_keys,
+                begin, end, scale, HEAD_DIM, PRECISION, True,
             )  # fmt: skip
         for t in range(n_full):
             acc, l_i, m_i = _fwd_tile(
-                acc, l_i, m_i, q, k_ptrs, v_ptrs, first + (n_head + t) * BLOCK_N, begin, end, n_keys,
-                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, False,
+                acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
+                first + (n_head + t) * BLOCK_N, offs_n, offs_d, n_keys,
+                begin, end, scale, HEAD_DIM, PRECISION, False,
             )  # fmt: skip
 
     is_empty = l_i == 0.0
@@ -181,7 +183,8 @@ def _interval_attention_fwd_kernel(
 
 @triton.jit
 def _dq_tile(
-    dq, q, do, lse2, delta, k_ptrs, v_ptrs, start, begin, end, n_keys, stride_kt, stride_vt, offs_n, offs_d, scale,
+    dq, q, do, lse2, delta, k_ptrs, v_ptrs, stride_kt, stride_vt, start, offs_n, offs_d, n_keys,
+    begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     k = _load_tile(
@@ -201,8 +204,9 @@ def _dq_tile(
 
 @triton.jit
 def _interval_attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, begin_ptr, end_ptr,
-    stride_q, stride_k, stride_v, stride_out, stride_do, stride_dq, stride_dlse,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
+    begin_ptr, end_ptr,
+    stride_q, stride_k, stride_v, stride_out, stride_do, stride_dq, stride_dlse,  # (batch, head, token)
     stride_table,  # (interval, batch) of begin and end
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
@@ -242,20 +246,22 @@ def _interval_attention_bwd_dq_kernel(
     table_offset = (head // n_heads).to(tl.int64) * stride_table[1]
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    for i in tl.static_range(INTERVALS):
+    for i in range(INTERVALS):
         table = i * stride_table[0] + table_offset
         begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
         first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_N)
         for t in range(n_tiles - n_full):
             tile = tl.where(t < n_head, t, t + n_full)
             dq = _dq_tile(
-                dq, q, do, lse2, delta, k_ptrs, v_ptrs, first + tile * BLOCK_N, begin, end, n_keys,
-                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, True,
+                dq, q, do, lse2, delta, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
+                first + tile * BLOCK_N, offs_n, offs_d, n_keys,
+                begin, end, scale, HEAD_DIM, PRECISION, True,
             )  # fmt: skip
         for t in range(n_full):
             dq = _dq_tile(
-                dq, q, do, lse2, delta, k_ptrs, v_ptrs, first + (n_head + t) * BLOCK_N, begin, end, n_keys,
-                stride_k[2], stride_v[2], offs_n, offs_d, scale, HEAD_DIM, PRECISION, False,
+                dq, q, do, lse2, delta, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
+                first + (n_head + t) * BLOCK_N, offs_n, offs_d, n_keys,
+                begin, end, scale, HEAD_DIM, PRECISION, False,
             )  # fmt: skip
 
     dq_ptrs = _tile_ptrs(dq_ptr, head, n_heads, stride_dq, offs_m, offs_d)
@@ -264,8 +270,8 @@ def _interval_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr, delta_ptr, start, begin, end, n_queries, stride_qt, stride_dot,
-    offs_m, offs_d, scale,
+    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr, delta_ptr, stride_qt, stride_dot, start, offs_m, offs_d,
+    n_queries, begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries ``start + offs_m`` give to a tile of keys; scores are [keys, queries]."""
@@ -293,7 +299,7 @@ def _dkdv_tile(
 @triton.jit
 def _interval_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, begin_ptr, end_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,
+    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,  # (batch, head, token)
     stride_table,  # (interval, batch) of begin and end
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
@@ -323,7 +329,7 @@ def _interval_attention_bwd_dkdv_kernel(
         q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
         do_ptrs = _tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
         row_offset = head.to(tl.int64) * n_queries
-        for i in tl.static_range(INTERVALS):
+        for i in range(INTERVALS):
             table = i * stride_table[0] + table_offset
             begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_n, n_keys)
             first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_M)
@@ -331,14 +337,14 @@ def _interval_attention_bwd_dkdv_kernel(
                 tile = tl.where(t < n_head, t, t + n_full)
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr + row_offset, delta_ptr + row_offset,
-                    first + tile * BLOCK_M, begin, end, n_queries, stride_q[2], stride_do[2],
-                    offs_m, offs_d, scale, HEAD_DIM, PRECISION, True,
+                    stride_q[2], stride_do[2], first + tile * BLOCK_M, offs_m, offs_d,
+                    n_queries, begin, end, scale, HEAD_DIM, PRECISION, True,
                 )  # fmt: skip
             for t in range(n_full):
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr + row_offset, delta_ptr + row_offset,
-                    first + (n_head + t) * BLOCK_M, begin, end, n_queries, stride_q[2], stride_do[2],
-                    offs_m, offs_d, scale, HEAD_DIM, PRECISION, False,
+                    stride_q[2], stride_do[2], first + (n_head + t) * BLOCK_M, offs_m, offs_d,
+                    n_queries, begin, end, scale, HEAD_DIM, PRECISION, False,
                 )  # fmt: skip
 
     dk_ptrs = _tile_ptrs(dk_ptr, kv_head, n_kv_heads, stride_dk, offs_n, offs_d)
@@ -469,54 +475,29 @@ def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
     return _empty_bwd(q, k, v)
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, *tables, ctx.softmax_scale = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables)
-    ctx.set_materialize_grads(False)
+def register_autograd(forward_op: CustomOpDef, backward_op: CustomOpDef) -> None:
+    """For ``forward_op(q, k, v, *tables, softmax_scale)`` and
+    ``backward_op(do, dlse, q, k, v, out, lse, *tables, softmax_scale)``."""
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.softmax_scale = inputs
+        ctx.save_for_backward(*output, *tensors)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, do, dlse):
+        out, lse, q, k, v, *tables = ctx.saved_tensors
+        do = torch.zeros_like(out) if do is None else do
+        grads = backward_op(do, dlse, q, k, v, out, lse, *tables, ctx.softmax_scale)
+        return *grads, *[None] * (len(tables) + 1)
+
+    def no_double_backward(ctx, *grads):
+        raise NotImplementedError(f"{backward_op._qualname} has no double backward")
+
+    forward_op.register_autograd(backward, setup_context=setup_context)
+    backward_op.register_autograd(no_double_backward)
 
 
-def _backward(ctx, do, dlse):
-    q, k, v, out, lse, *tables = ctx.saved_tensors
-    if do is None:
-        if dlse is None:
-            return (None,) * 8
-        do = torch.zeros_like(out)
-    dq, dk, dv = backward_op(do, dlse, q, k, v, out, lse, *tables, ctx.softmax_scale)
-    return dq, dk, dv, None, None, None, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("vidgen::interval_attention_bwd has no double backward")
-
-
-forward_op.register_autograd(_backward, setup_context=_setup_context)
-backward_op.register_autograd(_no_double_backward)
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """ValueError unless q, k, v are what the kernels take."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name}: expected shape [B, H, T, D], got {list(x.shape)}")
-        if x.dtype not in DTYPES or x.dtype != q.dtype:
-            wanted = (
-                "one of " + ", ".join(map(str, DTYPES)) if name == "q" else f"{q.dtype} as q has"
-            )
-            raise ValueError(f"{name}: expected dtype {wanted}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}")
-    n_batch, n_heads, _, head_dim = q.shape
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected shape {list(k.shape)} as k has, got {list(v.shape)}")
-    if (k.shape[0], k.shape[3]) != (n_batch, head_dim):
-        expected = f"[{n_batch}, Hkv, Tk, {head_dim}]"
-        raise ValueError(f"k: expected shape {expected} to match q, got {list(k.shape)}")
-    if k.shape[1] == 0 or n_heads % k.shape[1]:
-        raise ValueError(f"k: expected a head count that divides {n_heads}, got {k.shape[1]}")
+register_autograd(forward_op, backward_op)
 
 
 def interval_attention(
@@ -555,17 +536,3 @@ def interval_attention(
     q, scale = resolve_scale(q, softmax_scale)
     out, lse = forward_op(q, k, v, *intervals, scale)
     return (out, lse) if return_lse else out
-
-
-def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
-    """The scale and its default; one that is not positive goes into q (kernels scale after the max)."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    return (q, scale) if scale > 0 else (q * scale, 1.0)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

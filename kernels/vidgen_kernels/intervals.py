@@ -226,16 +226,22 @@ class IntervalMask:
         ):
             if expected is not None and expected != actual:
                 raise ValueError(f"mask: expected {expected} {name}, got {actual}")
-        if (n_queries, n_keys) in self._per_token:
-            return self._per_token[n_queries, n_keys]
-        for runs, n_tokens in ((self.queries, n_queries), (self.keys, n_keys)):
+        if _is_recording(self.device):
+            return self._expand(n_queries, n_keys)
+        if (n_queries, n_keys) not in self._per_token:
+            self._per_token[n_queries, n_keys] = self._expand(n_queries, n_keys)
+        return self._per_token[n_queries, n_keys]
+
+    def _expand(self, n_queries: int, n_keys: int) -> TokenIntervals:
+        # The messages are constants: one that held the count would make it one for a tracer too.
+        for name, runs, n_tokens in (
+            ("queries", self.queries, n_queries),
+            ("keys", self.keys, n_keys),
+        ):
             if isinstance(runs.n_tokens, Tensor):
                 is_sum = runs.n_tokens == n_tokens
-                require(is_sum, f"mask: expected block lengths that sum to {n_tokens}, got others")
-        intervals = TokenIntervals(*self.queries.expand(n_queries), *self.keys.expand(n_keys))
-        if not _is_recording(self.device):
-            self._per_token[n_queries, n_keys] = intervals
-        return intervals
+                require(is_sum, f"mask: expected lengths that sum to the number of {name}")
+        return TokenIntervals(*self.queries.expand(n_queries), *self.keys.expand(n_keys))
 
     def to_dense(self) -> Tensor:
         """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key. T x T: to look at, and for tests."""
@@ -356,7 +362,7 @@ def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
 def _edges(block_lengths: BlockLengths, device: Device) -> Tensor:
     """First token of every block and the end of the last, int32 ``[N + 1]``."""
     lengths = _as_tensor("block_lengths", block_lengths, device)
-    require((lengths >= 0).all(), "block_lengths: expected 0 or more tokens, got fewer")
+    require((lengths >= 0).all(), "block_lengths: expected no negative number, got one")
     return pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
@@ -383,13 +389,15 @@ def _as_tensor(name: str, lengths: BlockLengths, device: Device) -> Tensor:
 
 
 def _as_lengths(name: str, lengths: Sequence[int]) -> list[int]:
-    """Integers of 0 or more; NumPy's and traced ones are fine, bools and floats are not."""
+    """Integers of 0 or more; NumPy's are fine, bools and floats are not."""
+    if torch.compiler.is_compiling():  # they may be symbols there
+        return [*lengths]
     for n in lengths:
         if isinstance(n, bool) or not hasattr(n, "__index__"):
             raise ValueError(f"{name}: expected integers, got {n!r}")
         if n < 0:
-            raise ValueError(f"{name}: expected 0 or more tokens, got {n}")
-    return [*lengths] if torch.compiler.is_compiling() else [int(n) for n in lengths]
+            raise ValueError(f"{name}: expected no negative number, got {n}")
+    return [int(n) for n in lengths]
 
 
 def _check_window(window: int | None, sink_blocks: int) -> None:

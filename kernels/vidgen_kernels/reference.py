@@ -87,17 +87,48 @@ def attention(
     A row that sees nothing gives 0, lse -inf and no gradient. Scores, products and ``out`` are in the
     dtype of q, softmax and lse in fp32 or wider, as a good eager implementation has them.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    group = q.shape[1] // k.shape[1]  # query heads that share a key head
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     seen = dense_mask[:, None]
     is_empty = ~seen.any(dim=-1, keepdim=True)
-    s = scale * (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    s = _scores(q, k, softmax_scale)
     # -inf hides a key; an empty row gets zeros instead, so that nothing becomes NaN, and is cut below
     s = s.masked_fill(~seen, float("-inf")).masked_fill(is_empty, 0.0)
     p = s.softmax(dim=-1).masked_fill(is_empty, 0.0)
     lse = s.logsumexp(dim=-1).masked_fill(is_empty[..., 0], float("-inf"))
     return p.to(v.dtype) @ v, lse
+
+
+def attention_gradients(
+    do: Tensor,  # [B, H, Tq, D]
+    dlse: Tensor,  # [B, H, Tq]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dense_mask: Tensor,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attention` from its rounded results, as an implementation without T x T storage has to.
+
+    ``p = exp(s - lse)``, ``ds = p (do v^T - do . out + dlse)``, ``dq = scale ds k``, ``dk = scale ds^T q``,
+    ``dv = p^T do``. Autograd of `attention` is the definition; this says what the dtype allows.
+    """
+    n_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    s = _scores(q, k, softmax_scale)
+    p = torch.where(dense_mask[:, None], (s - lse[..., None]).exp(), 0.0)
+    delta = (do * out.to(s.dtype)).sum(dim=-1) - dlse
+    ds = (p * ((do @ v.mT) - delta[..., None])).to(q.dtype)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    dk, dv = scale * (ds.mT @ q), p.to(q.dtype).mT @ do
+    dk, dv = (x.unflatten(1, (n_kv_heads, group)).sum(dim=2) for x in (dk, dv))
+    return scale * (ds @ k), dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, softmax_scale: float | None) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return scale * (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
 
 
 def _block_of_token(block_lengths: Sequence[int]) -> Tensor:

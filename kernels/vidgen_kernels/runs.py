@@ -54,6 +54,8 @@ class Runs:
         """``begin`` and ``end`` of every token, contiguous ``[I, B or 1, n_tokens]``."""
         if self.stop is None:
             return self.begin.contiguous(), self.end.contiguous()
+        if self.stop.shape[-1] == 0:
+            return (self.begin.new_zeros(*self.begin.shape[:2], n_tokens),) * 2
         if on_host(self.stop):
             return self._fill(n_tokens)
         token = torch.arange(n_tokens, dtype=torch.int32, device=self.stop.device)
@@ -145,8 +147,8 @@ def require(condition: Tensor, message: str) -> None:
 def _tidy(begin: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Sorts the intervals of each run, merges touching ones, drops empty ones.
 
-    On a CPU as many are kept as some run needs. On a GPU nothing can be looked at: ``limit`` are
-    kept, the most that the construction can need.
+    ``limit`` are kept, the most that the construction can need, so that their number depends on the
+    kind of mask and not on its lengths: a new layout recompiles nothing.
     """
     begin, end = _by_begin(begin, end)
     for s in range(len(begin) - 1):  # an interval that touches the next one is carried into it
@@ -157,14 +159,9 @@ def _tidy(begin: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     begin, end = _by_begin(begin, end)
     is_empty = begin >= end
     begin, end = (x.masked_fill(is_empty, 0).to(torch.int32) for x in (begin, end))
-    message = f"mask: expected at most {MAX_INTERVALS} intervals per token"
-    if on_host(begin):
-        used = int((~is_empty).flatten(1).any(dim=1).sum())
-        if used > MAX_INTERVALS:
-            raise ValueError(f"{message}, got {used}")
-        return begin[: max(used, 1)], end[: max(used, 1)]
     if limit > MAX_INTERVALS:
-        require(is_empty[MAX_INTERVALS:].all(), message)
+        fits = is_empty[MAX_INTERVALS:].all()
+        require(fits, f"mask: expected at most {MAX_INTERVALS} intervals per token, got more")
     limit = min(limit, MAX_INTERVALS)
     return begin[:limit], end[:limit]
 

@@ -18,7 +18,6 @@ from .runs import MAX_INTERVALS
 EXACT = 1e-12  # what summing in another order may cost in fp64
 
 Recipe = tuple[str, dict[str, Any]]  # constructor of IntervalMask, its arguments
-Gradients = tuple[Tensor | None, ...]
 
 
 class Layout(NamedTuple):
@@ -91,6 +90,9 @@ def build_mask(recipe: Recipe, device: str = "cpu", as_tensors: bool = False) ->
             for x in args.values()
         )
         return IntervalMask.from_ranks(*ranks)  # pyright: ignore[reportArgumentType]
+    if kind == "full" and args["q_lengths"] == args["k_lengths"]:
+        both = lengths(args["q_lengths"])  # one and the same tensor says self-attention
+        return IntervalMask.full(both, both, device=device)
     args = {name: lengths(x) if name.endswith("lengths") else x for name, x in args.items()}
     return getattr(IntervalMask, kind)(**args, device=device)
 
@@ -142,47 +144,44 @@ def random_qkv(
     return q, k, v
 
 
-def with_gradients(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    qkv: tuple[Tensor, ...],
-    do: Tensor | None,
-    dlse: Tensor | None,
-) -> dict[str, Tensor]:
-    """``attend(q, k, v) -> (out, lse)`` and what ``do`` and ``dlse`` (None: unused) give q, k and v."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out, lse = attend(*leaves)
-    used = [(x, g.to(x.dtype)) for x, g in ((out, do), (lse, dlse)) if g is not None]
-    dq, dk, dv = torch.autograd.grad([x for x, _ in used], leaves, [g for _, g in used])
-    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
-
-
 def check_attention(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    qkv: tuple[Tensor, ...],
+    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    qkv: tuple[Tensor, Tensor, Tensor],
     dense: Tensor,
     softmax_scale: float | None = None,
     use: str = "out lse",
 ) -> None:
-    """Asserts that outputs and gradients of ``attend(q, k, v)`` are those of `reference.attention`.
+    """Asserts that ``attend(q, k, v) -> (out, lse)`` and its gradients are those of `reference.attention`.
 
     ``use``: which outputs the loss reads.
     """
+    q, k, v = qkv
+    rng = torch.Generator().manual_seed(1)
+    do, dlse = (torch.randn(n, generator=rng, dtype=torch.float64) for n in (q.shape, q.shape[:3]))
+    do = do.to(q)
+    dlse = dlse.to(q.device, torch.promote_types(q.dtype, torch.float32))
+
+    def results(call, qkv):
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        out, lse = call(*leaves)
+        used = [(x, g) for name, x, g in (("out", out, do), ("lse", lse, dlse)) if name in use]
+        outputs, upstream = zip(*((x, g.to(x)) for x, g in used), strict=True)
+        grads = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)
+        return out.detach(), lse.detach(), *grads
 
     def define(q, k, v):
         return reference.attention(q, k, v, dense, softmax_scale)
 
-    q = qkv[0]
-    rng = torch.Generator().manual_seed(1)
-    do = torch.randn(q.shape, generator=rng, dtype=torch.float64).to(q) if "out" in use else None
-    dlse_dtype = torch.promote_types(q.dtype, torch.float32)
-    dlse = torch.randn(q.shape[:3], generator=rng, dtype=torch.float64) if "lse" in use else None
-    dlse = None if dlse is None else dlse.to(q.device, dlse_dtype)
-
-    actual = with_gradients(attend, qkv, do, dlse)
-    expected = with_gradients(define, tuple(x.double() for x in qkv), do, dlse)
-    same_dtype = with_gradients(define, qkv, do, dlse)
-    for name, x in actual.items():
-        assert_close(name, x, expected[name], same_dtype[name])
+    out, lse = define(q, k, v)
+    upstream = [
+        g if name in use else torch.zeros_like(g) for name, g in (("out", do), ("lse", dlse))
+    ]
+    grads = reference.attention_gradients(*upstream, q, k, v, out, lse, dense, softmax_scale)
+    actual, expected = results(attend, qkv), results(define, [x.double() for x in qkv])
+    for name, *tensors in zip(
+        ("out", "lse", "dq", "dk", "dv"), actual, expected, (out, lse, *grads), strict=True
+    ):
+        assert_close(name, *tensors)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, same_dtype: Tensor) -> None:
@@ -239,11 +238,12 @@ def _has_text_queries(recipe: Recipe) -> bool:
     """True where block 0 is among the queries, so that padded text tokens are queries as well."""
     kind, args = recipe
     if kind == "block_causal":
-        return args["query_blocks"] is None or args["query_blocks"].start == 0
+        blocks = args.get("query_blocks")
+        return blocks is None or blocks.start == 0
     if kind == "full":
-        return sum(args["q_lengths"]) == sum(args["k_lengths"])
+        return args["q_lengths"] == args["k_lengths"]
     if kind == "from_ranks":
-        return args["rank_k"] is None
+        return args.get("rank_k") is None
     if kind == "teacher_forcing":
         return True
     return _has_text_queries(args["masks"][0] if kind == "pack" else args["mask"])

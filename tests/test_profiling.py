@@ -1,0 +1,122 @@
+"""Named ranges where they are asked for, nothing elsewhere; the profilers' command lines."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from vidgen_kernels import block_causal_attention
+
+pytestmark = pytest.mark.portable_only
+
+PROFILING = Path(__file__).parents[1] / "profiling"
+OPS = {"interval_attention_fwd", "interval_attention_bwd"}
+
+# By path: from Python 3.15 on, `profiling` is a package of the standard library.
+_spec = importlib.util.spec_from_file_location("vidgen_profiling_ranges", PROFILING / "ranges.py")
+ranges = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(ranges)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, H, T, 8]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return x + block_causal_attention(q, k, v, [3, 2])
+
+
+def step(model: nn.Module) -> None:
+    model(torch.randn(1, 2, 5, 8)).sum().backward()
+
+
+def names(profiler: profile) -> set[str]:
+    return {event.name for event in profiler.events()}
+
+
+def test_ranges_have_the_names_of_ops_and_modules() -> None:
+    model = nn.Sequential(Block(), Block())
+    with profile() as profiler, ranges.enabled(model):
+        step(model)
+    modules = {"Sequential", "0", "1", "0.qkv", "1.qkv"}
+    assert OPS | modules | {f"{name} backward" for name in modules} <= names(profiler)
+
+
+def test_nothing_is_left_behind() -> None:
+    model = nn.Sequential(Block(), nn.Linear(7, 8))
+    with ranges.enabled(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        step(model)
+    assert _get_current_dispatch_mode() is None
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+        assert not module._backward_pre_hooks and not module._backward_hooks
+    with profile() as profiler:
+        step(model[0])
+    assert not names(profiler) & (OPS | {"Sequential", "0", "0.qkv"})
+
+
+def test_outer_ranges_survive_an_error() -> None:
+    with profile() as profiler, ranges.region("outer"):
+        with pytest.raises(ZeroDivisionError), ranges.region("inner"):
+            raise ZeroDivisionError
+        torch.ones(1)
+    events = {event.name: event.time_range for event in profiler.events()}
+    assert events["outer"].end >= events["aten::ones"].end >= events["inner"].end
+
+
+def test_compiles_to_one_graph_with_and_without_ranges() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    for compiled_under in (nullcontext, ranges.enabled):
+        torch.compiler.reset()
+        model = Block()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with compiled_under():
+            torch.testing.assert_close(compiled(x), model(x))
+        with profile() as profiler, ranges.enabled():
+            compiled(x)
+        assert "interval_attention_fwd" in names(profiler)
+
+
+def run(*args: str, **environment: str) -> str:
+    return subprocess.run(
+        args, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_run_writes_a_table_and_a_trace(tmp_path: Path) -> None:
+    arguments = ["--shape=toy_cache", "--dtype=fp32", f"--output={tmp_path}"]
+    table = run(sys.executable, str(PROFILING / "run.py"), *arguments)
+    stem = "attention-toy_cache-ours-fp32-fwd_bwd"
+    assert (tmp_path / f"{stem}.txt").read_text() in table
+    with gzip.open(tmp_path / f"{stem}.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert {e["name"] for e in events if e.get("cat") == "user_annotation"} >= OPS
+
+
+@pytest.mark.parametrize("tool", ["nsys", "ncu"])
+def test_scripts_say_what_they_run(tool: str) -> None:
+    script = str(PROFILING / f"{tool}.sh")
+    run("bash", "-n", script)
+    line = run(script, "--dry-run", "/tmp/a report", "--shape=toy_cache", RANGE="one")
+    region = "run.py --mode=region --shape=toy_cache"
+    expected = {
+        "nsys": ["--capture-range=cudaProfilerApi", "cuda\\,nvtx", "--output=/tmp/a\\ report"],
+        "ncu": [
+            *("--profile-from-start off", "--clock-control none", "--import-source yes"),
+            *("--nvtx-include vidgen@one/", "--export /tmp/a\\ report"),
+        ],
+    }
+    assert line.startswith(f"{tool} ")
+    assert all(words in line for words in (*expected[tool], region)), line

@@ -1,0 +1,114 @@
+"""`vidgen verify` passes what it should, and notices what is wrong."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from vidgen import verify
+from vidgen_kernels._triton import is_interpreted
+
+CASES = Path(__file__).parent / "golden" / "nova"
+BUILT = ["set_attention_a", "set_attention_b"]
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, list[str]]:
+    """The exit status and the lines after the header."""
+    parser = argparse.ArgumentParser()
+    verify.add_arguments(parser)
+    status = verify.run(parser.parse_args(arguments))
+    header, *lines = capsys.readouterr().out.splitlines() or [""]
+    assert not header or header.startswith("path: " + verify.path_taken())
+    return status, lines
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the set attention cases under names that say nothing."""
+    for i, name in enumerate(BUILT):
+        for ending in (".json", ".safetensors"):
+            shutil.copy(CASES / f"{name}{ending}", tmp_path / f"{i}{ending}")
+    return tmp_path
+
+
+def change(folder: Path, name: str, edit) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "0.safetensors"
+    tensors = load_file(path)
+    tensors[name] = edit(tensors[name])
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("ops", ["eager", "fused"])
+def test_set_attention_passes(folder: Path, ops: str, dtype: str, capsys) -> None:
+    status, lines = run(capsys, "--golden", str(folder), "--ops", ops, "--dtype", dtype)
+    assert [x.split()[:2] for x in lines[:-1]] == [["PASS", "nova/0"], ["PASS", "nova/1"]]
+    assert all(float(x.split()[2]) <= float(x.split()[3]) for x in lines[:-1])
+    assert (status, lines[-1]) == (0, "2 passed, 0 failed, 0 skipped")
+
+
+def test_all_cases_of_the_repository(capsys) -> None:
+    status, lines = run(capsys)
+    by_name = {line.split()[1]: line for line in lines[:-1]}
+    assert status == 0 and len(by_name) == len(lines) - 1 > 40
+    for name in BUILT:
+        assert by_name[f"nova/{name}"].startswith("PASS")
+    for line in lines[:-1]:
+        assert line.startswith("PASS") or ("SKIP" in line and "not built yet: " in line)
+
+
+OUTPUTS = ["o", "lse", "grad_q", "grad_k", "grad_v", "y", "grad_x", "o_perm", "mask", "rank_perm"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_one_wrong_number_fails(folder: Path, name: str, capsys) -> None:
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        x.view(-1)[-1] += 0.01 if x.is_floating_point() else 1
+        return x
+
+    change(folder, f"out.{name}", wrong)
+    status, lines = run(capsys, "--golden", str(folder))
+    assert status == 1 and lines[-1] == "1 passed, 1 failed, 0 skipped"
+    assert lines[0].startswith("FAIL nova/0") and lines[0].endswith(f"worst of {name}")
+
+
+def test_nan_and_unreadable_files_fail(folder: Path, capsys) -> None:
+    change(folder, "in.q", lambda x: x * float("nan"))
+    (folder / "1.safetensors").write_bytes(b"not tensors")
+    status, lines = run(capsys, "--golden", str(folder))
+    assert (status, lines[-1]) == (1, "0 passed, 2 failed, 0 skipped")
+
+
+def test_outputs_that_nothing_computes_fail(folder: Path, capsys) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "0.safetensors"
+    save_file({**load_file(path), "out.surprise": torch.ones(1)}, path)
+    status, lines = run(capsys, "--golden", str(folder))
+    assert status == 1 and "surprise" in lines[0]
+
+
+def test_unknown_kinds_are_skipped_with_a_reason(folder: Path, capsys) -> None:
+    path = folder / "0.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "time_travel"}))
+    status, lines = run(capsys, "--golden", str(folder))
+    assert (status, lines[-1]) == (0, "1 passed, 0 failed, 1 skipped")
+    assert lines[0] == "SKIP nova/0 - - not built yet: nova time_travel"
+
+
+def test_the_folder_may_come_from_the_environment(folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("VIDGEN_GOLDEN", str(folder))
+    assert run(capsys)[1][-1] == "2 passed, 0 failed, 0 skipped"
+
+
+def test_no_cases_is_an_error(tmp_path: Path, capsys) -> None:
+    assert run(capsys, "--golden", str(tmp_path))[0] == 1
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="only the interpreter computes bf16 wrongly")
+def test_bf16_is_not_interpreted(capsys) -> None:
+    assert run(capsys, "--dtype", "bfloat16")[0] == 1
