@@ -128,8 +128,8 @@ def test_packed_is_each_alone() -> None:
     ]
     q, k, v = (x.requires_grad_() for x in qkv(34, 41))
     packed, packed_lse = attend(q, k, v, IntervalMask.pack(parts))
-    pieces = zip(q.split([17, 14, 3], 2), k.split([17, 14, 10], 2), v.split([17, 14, 10], 2), parts)
-    alone = [attend(*piece) for piece in pieces]
+    q_parts, k_parts, v_parts = q.split([17, 14, 3], 2), *(x.split([17, 14, 10], 2) for x in (k, v))
+    alone = [attend(*x) for x in zip(q_parts, k_parts, v_parts, parts, strict=True)]
     out, lse = (torch.cat(x, dim=2) for x in zip(*alone, strict=True))
     close(packed, out)
     close(packed_lse, lse)
@@ -147,15 +147,15 @@ def test_frame_by_frame_is_all_at_once(window: int | None, sinks: int) -> None:
     at_once = block_causal_attention(q, k, v, LENGTHS, **rule)
     steps, past = [], 0
     for i, n in enumerate(LENGTHS):
-        mask = IntervalMask.block_causal(
-            LENGTHS[: i + 1], query_blocks=range(i, i + 1), **rule
-        )
+        mask = IntervalMask.block_causal(LENGTHS[: i + 1], query_blocks=range(i, i + 1), **rule)
         rows = slice(past, past := past + n)
         steps.append(interval_attention(q[:, :, rows], k[:, :, :past], v[:, :, :past], mask))
     stepwise = torch.cat(steps, dim=2)
     close(stepwise, at_once)
     do = torch.randn_like(at_once)
-    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), do) for x in (stepwise, at_once)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, (q, k, v), do) for x in (stepwise, at_once)), strict=True
+    ):
         close(a, b)
 
 
@@ -198,7 +198,7 @@ def test_lengths_may_be_a_tensor() -> None:
 
 
 def test_two_halves_of_the_keys_join_by_lse() -> None:
-    """lse is what lets partial results be added, so it must be a natural logarithm of the right thing."""
+    """lse is what lets partial results be added up."""
     q, k, v = qkv()
     whole, lse = attend(q, k, v, IntervalMask.full([N], [N]))
     parts = [

@@ -14,7 +14,7 @@ INTEGRATIONS = sorted((ROOT / "kernels/vidgen_kernels/integrations").glob("*.py"
 VIDGEN = sorted((ROOT / "vidgen").rglob("*.py"))
 
 FOLDERS = {"kernels", "vidgen", "bench", "tests", "profiling"}
-TORCH_ONLY = {"front_door", "intervals", "portable", "reference", "runs"}
+TORCH_ONLY = {"front_door", "intervals", "portable", "reference", "runs", "tokens"}
 KERNEL_USERS = {"vidgen/ops.py", "vidgen/verify.py", "vidgen/cli.py"}
 MODELS = {"nova", "pyramid_flow", "repvideo"}
 

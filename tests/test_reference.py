@@ -13,10 +13,7 @@ pytestmark = pytest.mark.portable_only
 
 def loop(n_batch: int, n_queries: int, n_keys: int, sees) -> Tensor:
     return torch.tensor(
-        [
-            [[sees(b, i, j) for j in range(n_keys)] for i in range(n_queries)]
-            for b in range(n_batch)
-        ]
+        [[[sees(b, i, j) for j in range(n_keys)] for i in range(n_queries)] for b in range(n_batch)]
     ).reshape(n_batch, n_queries, n_keys)
 
 
@@ -89,9 +86,7 @@ def test_pack_and_padded_text() -> None:
             5,
             6,
             lambda b, i, j, text_queries=text_queries: bool(
-                mask[0, i, j]
-                and not valid[b] <= j < 4
-                and not (text_queries and valid[b] <= i < 4)
+                mask[0, i, j] and not valid[b] <= j < 4 and not (text_queries and valid[b] <= i < 4)
             ),
         )
         assert torch.equal(reference.pad_text_mask(mask, 4, valid, text_queries), expected)
@@ -120,7 +115,7 @@ def test_attention() -> None:
 
 
 def test_gradients() -> None:
-    """Autograd of the definition, finite differences and the closed form agree; empty rows give zero."""
+    """Autograd, finite differences and the closed form agree; empty rows give zero."""
     mask = torch.rand(2, 4, 5) < 0.6
     mask[:, :3, 0], mask[:, 3], mask[:, :, 4] = True, False, False
     q, k, v = (

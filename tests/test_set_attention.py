@@ -1,4 +1,4 @@
-"""`set_masked_attention` against the rank rule: ranks in any order, of any values, per batch row or shared."""
+"""`set_masked_attention` against the rank rule: ranks in any order, per batch row or shared."""
 
 import random
 

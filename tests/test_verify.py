@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from vidgen import verify
 from vidgen_kernels._triton import is_interpreted
 

@@ -1,7 +1,7 @@
 """`vidgen verify`: numbers recorded from the official models, recomputed by ours.
 
-A case is ``<case>.json`` + ``<case>.safetensors`` (``w.`` weights, ``in.`` inputs, ``out.`` expected). Its
-``model`` and ``kind`` choose the function of `KINDS` that recomputes it; file names decide nothing.
+A case is ``case.json`` with ``case.safetensors``: ``w.`` weights, ``in.`` inputs, ``out.`` results.
+Its ``model`` and ``kind`` choose the function of `KINDS` that recomputes it, its name never does.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from vidgen_kernels import IntervalMask, set_masked_attention
 from vidgen_kernels._triton import is_interpreted
 
@@ -139,7 +140,7 @@ def find_cases(folder: Path) -> Iterator[Case]:
 
 
 def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
-    """Recomputes a case. Below fp32 a tensor may be twice as far off as eager PyTorch is, and a rounding."""
+    """Recomputes a case; below fp32 a tensor may also be twice as far off as eager PyTorch is."""
     recompute = KINDS.get((case.model, case.kind))
     if recompute is None:
         return Outcome("SKIP", reason=f"not built yet: {case.model} {case.kind}")
@@ -156,7 +157,9 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
         return Outcome("FAIL", reason=f"{type(problem).__name__}: {problem}")
     if not expected or not expected.keys() <= actual.keys():
         missing = ", ".join(sorted(expected.keys() - actual.keys()))
-        return Outcome("FAIL", reason=f"nothing computed for: {missing or 'a case without outputs'}")
+        return Outcome(
+            "FAIL", reason=f"nothing computed for: {missing or 'a case without outputs'}"
+        )
     worst = Outcome("PASS", 0.0, case.atol)
     for name, reference in expected.items():
         if actual[name].shape != reference.shape:
@@ -198,7 +201,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder with the cases (default: $VIDGEN_GOLDEN, else tests/golden)",
     )
     parser.add_argument("--ops", choices=sorted(OPS), default="fused", help="default: fused")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="default: float32")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="float32", help="default: float32"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -206,7 +211,9 @@ def run(args: argparse.Namespace) -> int:
     folder = args.golden or Path(os.environ.get("VIDGEN_GOLDEN") or GOLDEN)
     path = path_taken()
     if path == "interpreted" and args.dtype == "bfloat16":
-        return _error("dtype: bfloat16 cannot be interpreted, Triton's interpreter computes it wrongly")
+        return _error(
+            "dtype: bfloat16 cannot be interpreted, Triton's interpreter computes it wrongly"
+        )
     try:
         cases = list(find_cases(folder))
     except (OSError, ValueError) as problem:

@@ -27,7 +27,7 @@ def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """fp32 products take three TF32 ones, which loses nothing, unless torch is allowed plain TF32."""
+    """An fp32 product takes three TF32 ones, unless torch is allowed plain TF32."""
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     return "ieee"

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from . import portable
+from ._triton import is_interpreted
 from .front_door import autocast, check_qkv, resolve_scale
 from .interval_attention import backward_op, forward_op, interval_attention, register_autograd
 from .intervals import BlockLengths, IntervalMask, check_ranks, sorted_ranks
+from .tokens import select_tokens
 
 
 def _set_forward(
@@ -13,10 +16,10 @@ def _set_forward(
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sort, attend, put back."""
-    q, k, v = _sort(q, order_q), _sort(k, order_k), _sort(v, order_k)
+    q, k, v = select_tokens(q, order_q), select_tokens(k, order_k), select_tokens(v, order_k)
     out, lse = forward_op(q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale)
     back = order_q.argsort(dim=-1)
-    return _sort(out, back), _sort(lse, back)
+    return select_tokens(out, back), select_tokens(lse, back)
 
 
 def _set_backward(
@@ -24,18 +27,18 @@ def _set_backward(
     order_q: Tensor, order_k: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sorts again what the forward sorted: a copy costs less than four sorted tensors kept per layer."""
-    dlse = None if dlse is None else _sort(dlse, order_q)
-    do, q, out, lse = (_sort(x, order_q) for x in (do, q, out, lse))
-    k, v = _sort(k, order_k), _sort(v, order_k)
+    """Sorts again what the forward sorted: cheaper than to keep four sorted tensors a layer."""
+    dlse = None if dlse is None else select_tokens(dlse, order_q)
+    do, q, out, lse = (select_tokens(x, order_q) for x in (do, q, out, lse))
+    k, v = select_tokens(k, order_k), select_tokens(v, order_k)
     dq, dk, dv = backward_op(
         do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
     )
     del do, q, k, v, out  # what is put back takes their memory
     back_q, back_k = order_q.argsort(dim=-1), order_k.argsort(dim=-1)
-    dq = _sort(dq, back_q)
-    dk = _sort(dk, back_k)
-    return dq, dk, _sort(dv, back_k)
+    dq = select_tokens(dq, back_q)
+    dk = select_tokens(dk, back_k)
+    return dq, dk, select_tokens(dv, back_k)
 
 
 _set_forward_op = torch.library.custom_op(
@@ -44,6 +47,31 @@ _set_forward_op = torch.library.custom_op(
 _set_backward_op = torch.library.custom_op(
     "vidgen::set_masked_attention_bwd", _set_backward, mutates_args=()
 )
+
+
+@_set_forward_op.register_kernel("cpu")
+def _(q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale):
+    if is_interpreted():
+        return _set_forward(
+            q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale
+        )
+    return portable.set_attention_fwd(q, k, v, order_q, order_k, q_begin, q_end, softmax_scale)
+
+
+@_set_backward_op.register_kernel("cpu")
+def _(
+    do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale
+):  # fmt: skip
+    if is_interpreted():
+        return _set_backward(
+            do, dlse, q, k, v, out, lse,
+            order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale,
+        )  # fmt: skip
+    return portable.set_attention_bwd(
+        do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, softmax_scale
+    )
+
+
 # The bodies are their own fakes: all they call has one.
 _set_forward_op.register_fake(_set_forward)
 _set_backward_op.register_fake(_set_backward)
@@ -67,8 +95,8 @@ def block_causal_attention(
     ``[text + n0, n1, n2, ...]``; text that sees only itself is a block of its own.
 
     Args:
-        block_lengths: tokens per block, summing to T: ints, or an int tensor ``[N]`` on the device of
-            q (then a new layout never recompiles anything).
+        block_lengths: tokens per block, summing to T: ints, or an int tensor ``[N]`` on the device
+            of q (then a new layout never recompiles anything).
         window: a block sees only the last ``window`` blocks, itself included ...
         sink_blocks: ... and these first ones.
 
@@ -93,12 +121,12 @@ def set_masked_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention between sets of tokens in any order: query i sees key j iff rank_k[j] <= rank_q[i].
 
-    Sorted by rank this is the block-causal staircase, so tokens are sorted on the way in and put back
-    on the way out. A model that keeps its tokens sorted saves both with `IntervalMask.from_ranks`.
+    Sorted by rank this is the block-causal staircase, so tokens are sorted on the way in and put
+    back on the way out. A model that keeps its tokens sorted saves both: `IntervalMask.from_ranks`.
 
     Args:
-        rank_q, rank_k: integers, any order and values; ``rank_k`` defaults to ``rank_q``. A rank below
-            all keys' gives a query that sees nothing (output 0), one above all queries' an unseen key.
+        rank_q, rank_k: integers, any order and values; ``rank_k`` defaults to ``rank_q``. A query
+            ranked below all keys sees nothing (output 0), a key above all queries is unseen.
 
     The rest, returns and errors: `interval_attention`.
     """
@@ -119,17 +147,3 @@ def set_masked_attention(
     q, scale = resolve_scale(q, softmax_scale)
     out, lse = _set_forward_op(q, k, v, order_q, order_k, *intervals, scale)
     return (out, lse) if return_lse else out
-
-
-def _sort(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of x ``[B, H, T, ...]`` in ``order`` ``[B or 1, T]``, in the memory layout of x.
-
-    One selection of whole rows of memory, which PyTorch does several times faster than a gather.
-    """
-    if is_token_major := x.stride(2) > x.stride(1):
-        x = x.transpose(1, 2)
-    n_batch, n_outer, n_tokens = len(x), 1 if is_token_major else x.shape[1], order.shape[1]
-    first = torch.arange(n_batch * n_outer, device=x.device).view(n_batch, n_outer, 1) * n_tokens
-    rows = (first + order[:, None]).flatten()
-    x = x.flatten(0, 1 if is_token_major else 2).index_select(0, rows).view(x.shape)
-    return x.transpose(1, 2) if is_token_major else x

@@ -1,8 +1,8 @@
 """Launch configurations as data: tiles, warps and pipeline stages of every kernel.
 
-Found by `make gpu STAGE=tune` where an architecture was at hand, else the configuration whose machine
-code is best: no local memory in the main sweep, then the fewest instructions per matrix product
-(tests/aot_table.md). Nothing is tuned at run time, so a call is reproducible and can be compiled ahead.
+No architecture was at hand yet: these are the ones with the best machine code, no local memory in
+the main sweep and few instructions per matrix product (tests/aot_table.md). `make gpu STAGE=tune`
+measures. Nothing is tuned at run time: a call is reproducible and can be compiled ahead.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,9 @@ class LaunchConfig:
 
 
 C = LaunchConfig
-INTERPRETER = C(16, 16, num_warps=4, num_stages=1)  # small tiles: short sequences still have several
+INTERPRETER = C(
+    16, 16, num_warps=4, num_stages=1
+)  # small tiles: short sequences still have several
 
 # {(kernel, bits of the dtype): {largest head dim: {oldest architecture: configuration}}}
 # 96 has rows of its own: loads of tiles that are not full cost registers.
@@ -64,9 +66,17 @@ INTERVAL_ATTENTION = {
         128: {80: C(32, 16, 4, 1)},
         256: {80: C(16, 16, 8, 1)},
     },
-    ("fwd", 64): {64: {80: C(32, 32, 4, 2)}, 128: {80: C(16, 32, 4, 2)}, 256: {80: C(16, 16, 8, 1)}},
+    ("fwd", 64): {
+        64: {80: C(32, 32, 4, 2)},
+        128: {80: C(16, 32, 4, 2)},
+        256: {80: C(16, 16, 8, 1)},
+    },
     ("dq", 64): {64: {80: C(32, 32, 4, 2)}, 128: {80: C(16, 32, 4, 2)}, 256: {80: C(16, 16, 8, 1)}},
-    ("dkdv", 64): {64: {80: C(32, 32, 4, 2)}, 128: {80: C(16, 16, 4, 1)}, 256: {80: C(16, 16, 8, 1)}},
+    ("dkdv", 64): {
+        64: {80: C(32, 32, 4, 2)},
+        128: {80: C(16, 16, 4, 1)},
+        256: {80: C(16, 16, 8, 1)},
+    },
 }
 
 

@@ -34,7 +34,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
-    """The scale and its default; one that is not positive goes into q (kernels scale after the max)."""
+    """Default and sign: kernels scale after the maximum, so what is not positive goes into q."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     return (q, scale) if scale > 0 else (q * scale, 1.0)
 

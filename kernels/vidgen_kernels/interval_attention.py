@@ -11,8 +11,8 @@
 Shapes: q, out, do, dq [B, H, Tq, D]; k, v, dk, dv [B, Hkv, Tk, D]; lse, dlse, delta [B, H, Tq].
 
 A program owns one tile of rows (queries for forward and dQ, keys for dK/dV) and, per interval,
-sweeps the other side in tiles, from the smallest begin of its rows to the largest end. Tiles between
-the largest begin and the smallest end are seen by all rows and carry no mask code; only the ragged
+sweeps the other side in tiles, from the smallest begin of its rows to the largest end. Tiles from
+the largest begin to the smallest end are seen by all rows and carry no mask code; only the ragged
 ones before and after them do. With frames of some hundred tokens nearly all are of the first kind.
 dK/dV works on transposed scores with the transposed intervals, so nothing is added atomically and
 gradients are bitwise repeatable. Exponentials are base 2, log2(e) folded into the scale.
@@ -84,7 +84,7 @@ def _load_interval(begin_ptr, end_ptr, offs_t, n_tokens):
 
 @triton.jit
 def _sweep(begin, end, BLOCK: tl.constexpr):
-    """Tiles ``first + t * BLOCK``, t < n_tiles; all rows see those of n_head <= t < n_head + n_full."""
+    """Tiles ``first + t * BLOCK``, t < n_tiles; all rows see n_head <= t < n_head + n_full."""
     first = tl.min(tl.where(begin < end, begin, 2147483647), 0)
     last = tl.max(end, 0)
     n_tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK)
@@ -129,8 +129,8 @@ def _fwd_tile(
 @triton.jit
 def _interval_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, end_ptr,
-    stride_q, stride_k, stride_v, stride_out,  # (batch, head, token)
-    stride_table,  # (interval, batch) of begin and end
+    # strides: (batch, head, token), and (interval, batch) of begin and end
+    stride_q, stride_k, stride_v, stride_out, stride_table,
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -206,8 +206,8 @@ def _dq_tile(
 def _interval_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     begin_ptr, end_ptr,
-    stride_q, stride_k, stride_v, stride_out, stride_do, stride_dq, stride_dlse,  # (batch, head, token)
-    stride_table,  # (interval, batch) of begin and end
+    # strides: (batch, head, token), and (interval, batch) of begin and end
+    stride_q, stride_k, stride_v, stride_out, stride_do, stride_dq, stride_dlse, stride_table,
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -270,8 +270,8 @@ def _interval_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_tile(
-    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr, delta_ptr, stride_qt, stride_dot, start, offs_m, offs_d,
-    n_queries, begin, end, scale,
+    dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr, delta_ptr, stride_qt, stride_dot,
+    start, offs_m, offs_d, n_queries, begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries ``start + offs_m`` give to a tile of keys; scores are [keys, queries]."""
@@ -299,8 +299,8 @@ def _dkdv_tile(
 @triton.jit
 def _interval_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, begin_ptr, end_ptr,
-    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv,  # (batch, head, token)
-    stride_table,  # (interval, batch) of begin and end
+    # strides: (batch, head, token), and (interval, batch) of begin and end
+    stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, stride_table,
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -520,7 +520,8 @@ def interval_attention(
 
     Returns:
         out ``[B, H, Tq, D]`` in the dtype of q; rows that see nothing are 0.
-        lse ``[B, H, Tq]``, natural log, fp32 (fp64 for fp64 inputs), differentiable; -inf where empty.
+        lse ``[B, H, Tq]``, natural log, fp32 (fp64 for fp64 inputs), differentiable; -inf for rows
+        that see nothing.
 
     Raises:
         ValueError: shapes, dtypes, devices or mask sizes that do not fit.

@@ -1,9 +1,9 @@
-"""What an attention mask means: each query sees a few intervals of keys, each key has a few of queries.
+"""What an attention mask means: the intervals of keys that a query sees, and their transpose.
 
-The masks of video models are made of blocks: runs of consecutive tokens with the same visibility (a
-frame, a chunk of frames, text + frame 0, a set of tokens of equal rank). What a block sees is at most
-three intervals of keys, and a block is seen by at most three intervals of queries; dK/dV works on
-the latter. Everything is built per block, by torch alone; the kernels read the per-token form.
+The masks of video models are made of blocks: runs of consecutive tokens with the same visibility
+(a frame, a chunk of frames, text + frame 0, a set of tokens of equal rank). A block sees at most
+three intervals of keys, and is seen by at most three intervals of queries, on which dK/dV works.
+Everything is built per block, by torch alone; the kernels read the per-token form.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class IntervalMask:
         sink_blocks: int = 0,
         device: Device = None,
     ) -> IntervalMask:
-        """Block i sees block j iff ``j <= i`` and (with a window) ``j > i - window or j < sink_blocks``.
+        """Block i sees block j iff j <= i and, with a window, j > i - window or j < sink_blocks.
 
         Args:
             block_lengths: tokens per block, any sizes: ints, or an int tensor ``[N]``.
@@ -244,7 +244,7 @@ class IntervalMask:
         return TokenIntervals(*self.queries.expand(n_queries), *self.keys.expand(n_keys))
 
     def to_dense(self) -> Tensor:
-        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key. T x T: to look at, and for tests."""
+        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key: to look at, and for tests."""
         n_queries = int(self.queries.n_tokens) if self.n_queries is None else self.n_queries
         n_keys = int(self.keys.n_tokens) if self.n_keys is None else self.n_keys
         begin, end, _, _ = self.intervals(n_queries, n_keys)
@@ -262,7 +262,7 @@ def check_ranks(name: str, rank: Tensor) -> Tensor:
 
 
 def sorted_ranks(rank_q: Tensor, rank_k: Tensor, *, text_queries: bool = False) -> IntervalMask:
-    """The staircase of sorted ranks, int64 ``[B or 1, T]``: query i sees the keys up to its rank."""
+    """The staircase of sorted ranks, int64 ``[B or 1, T]``: a query sees keys up to its rank."""
     n_batch, n_queries, n_keys = max(len(rank_q), len(rank_k)), rank_q.shape[1], rank_k.shape[1]
     rank_q, rank_k = (r.expand(n_batch, -1).contiguous() for r in (rank_q, rank_k))
     q_end = torch.searchsorted(rank_k, rank_q, right=True, out_int32=True)[None]
@@ -278,14 +278,14 @@ def _build(
     rules: tuple,
     device: Device,
 ) -> IntervalMask:
-    """``builder(*edges, *rules)`` where the lengths are: on the host for ints, else on their device."""
-    if any(isinstance(x, Tensor) for x in lengths):
+    """``builder(*edges, *rules)``, on the host for ints, else on the device of the lengths."""
+    tensors = [x for x in lengths if isinstance(x, Tensor)]
+    default = tensors[0].device if tensors else "cpu"
+    device = torch.device(default if device is None else device)
+    if tensors or _is_recording(device):
         return builder(*(_edges(x, device) for x in lengths), *rules)
-    device = torch.device("cpu" if device is None else device)
-    if _is_recording(device):
-        return builder(*(_edges(x, device) for x in lengths), *rules)
-    ints = tuple(tuple(_as_lengths("block_lengths", x)) for x in lengths)
-    return _build_on_host(builder, ints, rules, device)
+    ints = (_as_lengths("block_lengths", x) for x in lengths if not isinstance(x, Tensor))
+    return _build_on_host(builder, tuple(map(tuple, ints)), rules, device)
 
 
 # Layouts are few and come back at every step, so masks of ints are kept. Those of tensors are not:
@@ -305,8 +305,8 @@ def _block_causal(
     # Block j is seen by a run of query blocks, from itself to as far as the window reaches.
     j = torch.arange(n_blocks, device=edges.device)
     last = _last_query_block(j, n_blocks, window, sink_blocks)
-    seen_by = tuple(edges[x.clamp(start, stop)] - edges[start] for x in (j, last))
-    keys = Runs.of(edges, [seen_by])
+    begin, end = (edges[x.clamp(start, stop)] - edges[start] for x in (j, last))
+    keys = Runs.of(edges, [(begin, end)])
     return IntervalMask(queries, keys, _total(q_edges), _total(edges), text_queries=start == 0)
 
 
@@ -372,7 +372,8 @@ def _total(edges: Tensor) -> int | None:
 
 
 def _sum(counts: list[int | None]) -> int | None:
-    return None if None in counts else sum(counts)
+    known = [n for n in counts if n is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _as_tensor(name: str, lengths: BlockLengths, device: Device) -> Tensor:

@@ -1,19 +1,22 @@
-"""The CPU implementation of the attention engine: PyTorch's fused attention on chunks of query rows.
+"""The attention engine on a CPU: PyTorch's fused attention on chunks of query rows.
 
 Rows that see the same keys (a frame, a set) go through one call on just those keys, without a mask.
-Shorter runs are joined to chunks of at least `MIN_ROWS` rows, so that the matrix products stay long;
-only such a ragged chunk builds a mask, [rows, keys]. Memory is O(MIN_ROWS x T), never T x T.
+Shorter runs are joined to chunks of at least `MIN_ROWS` rows, so that the products stay long; only
+such a ragged chunk builds a mask, [rows, keys]. Memory is O(MIN_ROWS x T), never T x T.
 
-The calls below `torch.nn.functional.scaled_dot_product_attention` are used because they return the lse
-and take it back in the backward, which then need not repeat the forward.
+The operators beneath `torch.nn.functional.scaled_dot_product_attention` are called because they
+return the lse, and a backward that is given it need not repeat the forward.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .tokens import empty_selected, put_tokens, select_tokens
 
 MIN_ROWS = 256
 
@@ -28,22 +31,29 @@ class Chunk(NamedTuple):
 
 
 def interval_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, begin: Tensor, end: Tensor, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    softmax_scale: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out`` like q and ``lse`` [B, H, Tq]; ``begin``, ``end`` are int32 [I, B or 1, Tq]."""
-    out = torch.zeros_like(q)
+    """``out`` like q and ``lse`` [B, H, Tq].
+
+    ``begin``, ``end`` are int32 [I, B or 1, Tq]; with ``order`` [B or 1, Tq] they are those of the
+    queries in that order, a chunk of which is selected at a time.
+    """
+    out = torch.empty_like(q) if order is None else empty_selected(q)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype)
-    for chunk in _chunks(begin, end, q.dtype):
-        k_chunk, v_chunk = (_take(x, chunk.keys) for x in (k, v))
-        for heads in _head_groups(q, k):
-            out_chunk, lse_chunk = _attention(
-                q[:, heads, chunk.rows], k_chunk, v_chunk, attn_mask=chunk.mask, scale=softmax_scale
-            )
-            out[:, heads, chunk.rows] = out_chunk
-            lse[:, heads, chunk.rows] = lse_chunk
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype)
     is_empty = (begin >= end).all(dim=0)[:, None]  # [B or 1, 1, Tq]
-    return out, lse.masked_fill_(is_empty, float("-inf"))
+    for chunk in _chunks(begin, end, q.dtype):
+        out_chunk, lse_chunk = _attend(_get(q, chunk.rows, order), k, v, chunk, softmax_scale)
+        lse_chunk = lse_chunk.masked_fill(is_empty[..., chunk.rows], float("-inf"))
+        _put(out, chunk.rows, order, out_chunk)
+        _put(lse, chunk.rows, order, lse_chunk)
+    return out, lse
 
 
 def interval_attention_bwd(
@@ -57,28 +67,98 @@ def interval_attention_bwd(
     begin: Tensor,
     end: Tensor,
     softmax_scale: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` like q, k, v. Sums over chunks and heads are kept in fp32 or wider."""
-    dq = torch.zeros_like(q)
+    dq = torch.empty_like(q) if order is None else empty_selected(q)
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dk, dv = (torch.zeros_like(x, dtype=sum_dtype) for x in (k, v))
     # With p = exp(s - lse) = 0 for a row that sees nothing: s is -inf there, lse any finite number.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     for chunk in _chunks(begin, end, q.dtype):
-        k_chunk, v_chunk = (_take(x, chunk.keys) for x in (k, v))
-        for heads in _head_groups(q, k):
-            rows = (slice(None), heads, chunk.rows)
-            operands = [do[rows], q[rows], k_chunk, v_chunk, out[rows]]
-            if dlse is not None:
-                operands = _with_dlse_columns(*operands, dlse[rows])
-            gradients = _attention_backward(
-                *operands, lse[rows], 0.0, False, attn_mask=chunk.mask, scale=softmax_scale
-            )
-            dq_chunk, dk_chunk, dv_chunk = (x[..., : q.shape[-1]] for x in gradients)
-            dq[rows] = dq_chunk
-            _add(dk, dk_chunk, chunk.keys)
-            _add(dv, dv_chunk, chunk.keys)
+        do_, q_, out_, lse_ = (_get(x, chunk.rows, order) for x in (do, q, out, lse))
+        dlse_ = None if dlse is None else _get(dlse, chunk.rows, order)
+        dq_ = _attend_backward(do_, dlse_, q_, k, v, out_, lse_, dk, dv, chunk, softmax_scale)
+        _put(dq, chunk.rows, order, dq_)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def set_attention_fwd(q, k, v, order_q, order_k, begin, end, softmax_scale):
+    """`interval_attention_fwd` of the tokens in their orders, results in the order of q."""
+    k, v = select_tokens(k, order_k), select_tokens(v, order_k)
+    return interval_attention_fwd(q, k, v, begin, end, softmax_scale, order_q)
+
+
+def set_attention_bwd(do, dlse, q, k, v, out, lse, order_q, order_k, begin, end, softmax_scale):
+    """`interval_attention_bwd` of the tokens in their orders, results in the order of q and k."""
+    k, v = select_tokens(k, order_k), select_tokens(v, order_k)
+    dq, dk, dv = interval_attention_bwd(
+        do, dlse, q, k, v, out, lse, begin, end, softmax_scale, order_q
+    )
+    del k, v  # room for the gradients in the order of the arguments
+    back = order_k.argsort(dim=-1)
+    dk = select_tokens(dk, back)
+    return dq, dk, select_tokens(dv, back)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` of the rows of a chunk, all heads."""
+    if not chunk.keys:
+        return torch.zeros_like(q), q.new_zeros(q.shape[:3])
+    k, v = (_take(x, chunk.keys) for x in (k, v))
+    parts = [
+        _attention(q[:, heads], k, v, attn_mask=chunk.mask, scale=softmax_scale)
+        for heads in _head_groups(q, k)
+    ]
+    out, lse = (_join_groups(x) for x in zip(*parts, strict=True))
+    return out, lse
+
+
+def _attend_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    chunk: Chunk,
+    softmax_scale: float,
+) -> Tensor:
+    """``dq`` of the rows of a chunk; adds what they give to ``dk`` and ``dv``."""
+    if not chunk.keys:
+        return torch.zeros_like(q)
+    k, v = (_take(x, chunk.keys) for x in (k, v))
+    dq = []
+    for heads in _head_groups(q, k):
+        operands = [do[:, heads], q[:, heads], k, v, out[:, heads]]
+        if dlse is not None:
+            operands = _with_dlse_columns(*operands, dlse[:, heads])
+        gradients = _attention_backward(
+            *operands, lse[:, heads], 0.0, False, attn_mask=chunk.mask, scale=softmax_scale
+        )
+        dq_group, dk_group, dv_group = (x[..., : q.shape[-1]] for x in gradients)
+        dq.append(dq_group)
+        _add(dk, dk_group, chunk.keys)
+        _add(dv, dv_group, chunk.keys)
+    return _join_groups(dq)
+
+
+def _get(x: Tensor, rows: slice, order: Tensor | None) -> Tensor:
+    """Tokens ``rows``, of the tokens in ``order`` if there is one."""
+    return x[:, :, rows] if order is None else select_tokens(x, order[:, rows])
+
+
+def _put(out: Tensor, rows: slice, order: Tensor | None, x: Tensor) -> None:
+    """Writes what `_get` reads."""
+    if order is None:
+        out[:, :, rows] = x
+    else:
+        put_tokens(out, order[:, rows], x)
 
 
 def _with_dlse_columns(
@@ -86,13 +166,12 @@ def _with_dlse_columns(
 ) -> list[Tensor]:
     """Two more head dims that turn delta = do . out into do . out - dlse and change nothing else.
 
-    do gets ones and out gets -dlse, as a rounded value and its remainder, so that low precision loses
-    nothing; q, k and v get zeros, so s and do . v stay.
+    do gets ones and out gets -dlse, as a rounded value and its remainder, so that low precision
+    loses nothing; q, k and v get zeros, so s and do . v stay.
     """
-    pad = torch.nn.functional.pad
     high = -dlse.to(out.dtype)
     low = (-dlse - high).to(out.dtype)
-    padded = [pad(do, (0, 2), value=1.0), *(pad(x, (0, 2)) for x in (q, k, v))]
+    padded = [F.pad(do, (0, 2), value=1.0), *(F.pad(x, (0, 2)) for x in (q, k, v))]
     return [*padded, torch.cat([out, high[..., None], low[..., None]], dim=-1)]
 
 
@@ -102,20 +181,27 @@ def _head_groups(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(g, None, group) for g in range(group))
 
 
+def _join_groups(parts: Sequence[Tensor]) -> Tensor:
+    """What `_head_groups` took apart, [B, H, ...]."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts, dim=2).flatten(1, 2)
+
+
 def _chunks(begin: Tensor, end: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
-    """Covers all rows that see a key; adjacent short runs share a chunk."""
+    """Covers all rows: each long run of rows that see the same, and the stretches between them."""
     n_rows = begin.shape[-1]
     changes = ((begin.diff(dim=-1) != 0) | (end.diff(dim=-1) != 0)).flatten(0, 1).any(dim=0)
-    edges = [0, *(changes.nonzero()[:, 0] + 1).tolist(), n_rows]
+    edges = F.pad(changes.nonzero()[:, 0] + 1, (1, 1))
+    edges[-1] = n_rows
+    first = (edges.diff() >= MIN_ROWS).nonzero()[:, 0]
+    long_runs = zip(edges[first].tolist(), edges[first + 1].tolist(), strict=True)
     start = 0
-    for stop, next_stop in itertools.pairwise([*edges[1:], n_rows + MIN_ROWS]):
-        if stop == start or (stop - start < MIN_ROWS and next_stop - stop < MIN_ROWS):
-            continue
-        rows = slice(start, stop)
-        chunk = _chunk(rows, begin[..., rows], end[..., rows], dtype)
-        if chunk.keys:
-            yield chunk
-        start = stop
+    for lo, hi in [*long_runs, (n_rows, n_rows)]:
+        n_pieces = max(1, (lo - start) // MIN_ROWS)
+        cuts = [start + (lo - start) * i // n_pieces for i in range(n_pieces + 1)]
+        for rows in (slice(*pair) for pair in itertools.pairwise([*cuts, hi])):
+            if rows.start < rows.stop:
+                yield _chunk(rows, begin[..., rows], end[..., rows], dtype)
+        start = hi
 
 
 def _chunk(rows: slice, begin: Tensor, end: Tensor, dtype: torch.dtype) -> Chunk:

@@ -1,4 +1,4 @@
-"""What every operator means, in plain PyTorch: exact in fp64, differentiable, slow, T x T. For tests only.
+"""What every operator means, in plain PyTorch: exact in fp64, differentiable, T x T. For tests.
 
 Masks are bool ``[B or 1, Tq, Tk]``, True where the query sees the key.
 Legend: B batch, H heads, Tq queries, Tk keys, D head dim, N blocks.
@@ -84,14 +84,14 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """``out = softmax(softmax_scale * q k^T) v`` over the seen keys, and its log-sum-exp.
 
-    A row that sees nothing gives 0, lse -inf and no gradient. Scores, products and ``out`` are in the
-    dtype of q, softmax and lse in fp32 or wider, as a good eager implementation has them.
+    A row that sees nothing gives 0, lse -inf and no gradient. Products and ``out`` are in the dtype
+    of q, softmax and lse in fp32 or wider, as a good eager implementation has them.
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     seen = dense_mask[:, None]
     is_empty = ~seen.any(dim=-1, keepdim=True)
     s = _scores(q, k, softmax_scale)
-    # -inf hides a key; an empty row gets zeros instead, so that nothing becomes NaN, and is cut below
+    # -inf hides a key; an empty row gets zeros, so that nothing becomes NaN, and is cut below
     s = s.masked_fill(~seen, float("-inf")).masked_fill(is_empty, 0.0)
     p = s.softmax(dim=-1).masked_fill(is_empty, 0.0)
     lse = s.logsumexp(dim=-1).masked_fill(is_empty[..., 0], float("-inf"))
@@ -109,10 +109,11 @@ def attention_gradients(
     dense_mask: Tensor,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attention` from its rounded results, as an implementation without T x T storage has to.
+    """The gradients of `attention` in closed form, from its rounded ``out`` and ``lse``.
 
-    ``p = exp(s - lse)``, ``ds = p (do v^T - do . out + dlse)``, ``dq = scale ds k``, ``dk = scale ds^T q``,
-    ``dv = p^T do``. Autograd of `attention` is the definition; this says what the dtype allows.
+    ``p = exp(s - lse)``, ``ds = p (do v^T - do . out + dlse)``,
+    ``dq = scale ds k``, ``dk = scale ds^T q``, ``dv = p^T do``.
+    Autograd of `attention` is the definition; this says what the dtype allows.
     """
     n_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))

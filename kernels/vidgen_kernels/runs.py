@@ -55,24 +55,22 @@ class Runs:
         if self.stop is None:
             return self.begin.contiguous(), self.end.contiguous()
         if self.stop.shape[-1] == 0:
-            return (self.begin.new_zeros(*self.begin.shape[:2], n_tokens),) * 2
+            nothing = self.begin.new_zeros(*self.begin.shape[:2], n_tokens)
+            return nothing, nothing
         if on_host(self.stop):
-            return self._fill(n_tokens)
+            return self._fill(self.stop, n_tokens)
         token = torch.arange(n_tokens, dtype=torch.int32, device=self.stop.device)
         run = torch.searchsorted(self.stop, token.repeat(len(self.stop), 1), right=True)
         run = run.clamp_(max=self.stop.shape[-1] - 1).expand(*self.begin.shape[:2], n_tokens)
         return self.begin.gather(-1, run), self.end.gather(-1, run)
 
-    def _fill(self, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """`expand` on a CPU: a copy per run beats a gather, whose index alone is twice the result."""
+    def _fill(self, stop: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """`expand` on a CPU: a copy per run beats a gather, whose index is twice the result."""
         table = torch.stack([self.begin, self.end])
         out = table.new_empty(*table.shape[:3], n_tokens)
-        rows = (
-            [slice(None)]
-            if len(self.stop) == 1
-            else [slice(b, b + 1) for b in range(len(out[0, 0]))]
-        )
-        for row, stops in zip(rows, self.stop.tolist(), strict=True):
+        # [B, R] stops fill the batch rows one by one, [1, R] fill all at once
+        rows = [slice(b, b + 1) for b in range(len(stop))] if len(stop) > 1 else [slice(None)]
+        for row, stops in zip(rows, stop.tolist(), strict=True):
             lengths = [hi - lo for lo, hi in itertools.pairwise([0, *stops])]
             pieces = out[:, :, row].split(lengths, dim=-1)
             for piece, value in zip(pieces, table[:, :, row].split(1, dim=-1), strict=True):
@@ -111,7 +109,7 @@ class Runs:
 
 
 def concatenate(runs: Sequence[Runs], others: Sequence[Runs]) -> Runs:
-    """Runs one after another; ``others``, the other side of each, say how far its intervals move."""
+    """Runs one after another; ``others``, their other side, say how far the intervals move."""
     n_intervals = max(len(r.begin) for r in runs)
     n_batch = max(r.batch_size for r in runs)
     stops, begins, ends = [], [], []
