@@ -5,8 +5,9 @@ Neither holds parameters, so state dicts do not depend on the choice.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,22 +15,36 @@ from vidgen_kernels import IntervalMask, interval_attention, set_masked_attentio
 
 
 class Ops(NamedTuple):
-    """Tensors are ``[B, H, T, D]``; heads of k and v may be fewer, as in `interval_attention`."""
+    """Signatures, shapes and returns of the functions of `vidgen_kernels` with these names."""
 
-    interval_attention: Callable[[Tensor, Tensor, Tensor, IntervalMask], Tensor]
-    set_masked_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, rank
-
-
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> Tensor:
-    dense = mask.to_dense()[:, None]
-    return scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
+    interval_attention: Callable[..., Any]
+    set_masked_attention: Callable[..., Any]
 
 
-def _dense_set_attention(q: Tensor, k: Tensor, v: Tensor, rank: Tensor) -> Tensor:
-    dense = rank[..., None, :] <= rank[..., :, None]
-    dense = dense[:, None] if dense.ndim == 3 else dense
-    return scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
+def _eager_interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    return _dense_attention(q, k, v, mask.to_dense(), return_lse)
 
 
-EAGER = Ops(_dense_attention, _dense_set_attention)
+def _eager_set_masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, rank: Tensor, *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    rank = torch.atleast_2d(rank)
+    return _dense_attention(q, k, v, rank[:, None, :] <= rank[:, :, None], return_lse)
+
+
+def _dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``mask`` is bool ``[B or 1, Tq, Tk]``."""
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+    if not return_lse:
+        return out
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
+    return out, scores.masked_fill(~mask[:, None], float("-inf")).logsumexp(dim=-1)
+
+
+EAGER = Ops(_eager_interval_attention, _eager_set_masked_attention)
 FUSED = Ops(interval_attention, set_masked_attention)

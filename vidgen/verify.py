@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen_kernels import IntervalMask, set_masked_attention
+from vidgen.ops import EAGER, FUSED, Ops
+from vidgen_kernels import IntervalMask
 from vidgen_kernels._triton import is_interpreted
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -49,13 +50,6 @@ class Case(NamedTuple):
         return found
 
 
-class Ops(NamedTuple):
-    """What a model is built of. ``rank`` is [T] or [B, T]; lse is natural."""
-
-    set_masked: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    set_mask: Callable[[Tensor], Tensor]  # rank -> bool [B or 1, T, T]
-
-
 class Outcome(NamedTuple):
     status: str  # PASS, FAIL or SKIP
     error: float | None = None
@@ -63,26 +57,8 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def eager_set_mask(rank: Tensor) -> Tensor:
-    rank = torch.atleast_2d(rank)
-    return rank[:, None, :] <= rank[:, :, None]
-
-
-def eager_set_masked(q: Tensor, k: Tensor, v: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """PyTorch's attention with a dense mask, as the official code calls it."""
-    mask = eager_set_mask(rank)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    return out, scores.masked_fill(~mask, float("-inf")).logsumexp(dim=-1)
-
-
-def fused_set_masked(q: Tensor, k: Tensor, v: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = set_masked_attention(q, k, v, rank, return_lse=True)
-    return out, lse
-
-
-def fused_set_mask(rank: Tensor) -> Tensor:
-    """What the sorted intervals mean for the tokens in their own order."""
+def set_mask(rank: Tensor) -> Tensor:
+    """What the sorted intervals mean for the tokens in their own order, bool [B or 1, T, T]."""
     order = torch.atleast_2d(rank).argsort(dim=-1, stable=True)
     dense = IntervalMask.from_ranks(torch.atleast_2d(rank).gather(1, order)).to_dense()
     back = order.argsort(dim=-1)
@@ -90,10 +66,7 @@ def fused_set_mask(rank: Tensor) -> Tensor:
     return by_query.gather(2, back[:, None, :].expand_as(dense))
 
 
-OPS = {
-    "eager": Ops(eager_set_masked, eager_set_mask),
-    "fused": Ops(fused_set_masked, fused_set_mask),
-}
+OPS = {"eager": EAGER, "fused": FUSED}
 
 
 def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
@@ -101,10 +74,10 @@ def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
     if config.get("scale", "1/sqrt(head_dim)") != "1/sqrt(head_dim)":
         raise ValueError(f"scale: expected 1/sqrt(head_dim), got {config['scale']}")
     rank = inputs["rank"]
-    results = {"mask": ops.set_mask(rank).squeeze(0)}
+    results = {"mask": set_mask(rank).squeeze(0)}
 
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
-    out, lse = ops.set_masked(q, k, v, rank)
+    out, lse = ops.set_masked_attention(q, k, v, rank, return_lse=True)
     results |= {"o": out, "lse": lse}
     grads = torch.autograd.grad(out, (q, k, v), inputs["grad_o"])
     results |= zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)
@@ -113,7 +86,7 @@ def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
         x = inputs["x"].requires_grad_()
         qkv = F.linear(x, w["qkv.weight"], w.get("qkv.bias"))
         heads = qkv.unflatten(-1, (3, config["heads"], -1)).permute(2, 0, 3, 1, 4)
-        out, _ = ops.set_masked(*heads.unbind(), rank)
+        out = ops.set_masked_attention(*heads.unbind(), rank)
         y = F.linear(out.transpose(1, 2).flatten(2), w["proj.weight"], w.get("proj.bias"))
         results |= {"y": y, "grad_x": torch.autograd.grad(y, x, inputs["grad_y"])[0]}
 
@@ -121,7 +94,8 @@ def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
         perm = inputs["perm"]
         rank_perm = rank.expand(perm.shape).gather(1, perm)
         index = perm[:, None, :, None].expand(q.shape)
-        o_perm, _ = ops.set_masked(*(t.detach().gather(2, index) for t in (q, k, v)), rank_perm)
+        permuted = (x.detach().gather(2, index) for x in (q, k, v))
+        o_perm = ops.set_masked_attention(*permuted, rank_perm)
         results |= {"rank_perm": rank_perm, "o_perm": o_perm}
     return results
 

@@ -9,7 +9,7 @@ return the lse, and a backward that is given it need not repeat the forward.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -181,7 +181,7 @@ def _head_groups(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(g, None, group) for g in range(group))
 
 
-def _join_groups(parts: Sequence[Tensor]) -> Tensor:
+def _join_groups(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """What `_head_groups` took apart, [B, H, ...]."""
     return parts[0] if len(parts) == 1 else torch.stack(parts, dim=2).flatten(1, 2)
 
@@ -220,16 +220,17 @@ def _chunk(rows: slice, begin: Tensor, end: Tensor, dtype: torch.dtype) -> Chunk
             keys.append(slice(lo, hi))
     n_keys = sum(s.stop - s.start for s in keys)
     n_seen = (flat_end - flat_begin).clamp_(min=0).sum(dim=0, dtype=torch.int64)
-    if bool((n_seen == n_keys).all()):
+    if not keys or bool((n_seen == n_keys).all()):
         return Chunk(rows, keys, None)
-    key = torch.cat(
-        [torch.arange(s.start, s.stop, dtype=begin.dtype) for s in keys] or [begin[:0, 0, 0]]
-    )
-    hidden = torch.ones(begin.shape[1], begin.shape[2], n_keys, dtype=torch.bool)
+    n_rows = begin.shape[-1]
+    if bool((begin == begin[..., :1]).all() and (end == end[..., :1]).all()):
+        begin, end = begin[..., :1], end[..., :1]  # a long run: one row of mask for all of them
+    key = torch.cat([torch.arange(s.start, s.stop, dtype=begin.dtype) for s in keys])
+    hidden = torch.ones(*begin.shape[1:], n_keys, dtype=torch.bool)
     for i in range(len(begin)):
         hidden &= (key < begin[i, ..., None]) | (key >= end[i, ..., None])
     mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-    return Chunk(rows, keys, mask[:, None])
+    return Chunk(rows, keys, mask[:, None].expand(-1, -1, n_rows, -1))
 
 
 def _take(x: Tensor, keys: list[slice]) -> Tensor:
