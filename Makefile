@@ -65,5 +65,5 @@ format: $(READY) ## rewrite the code in the common format
 
 clean: ## remove build output and caches, keep the environment
 	rm -rf build dist *.egg-info kernels/*.egg-info
-	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache bench/results/cpu
+	rm -rf .benchmarks .pytest_cache .ruff_cache bench/results/cpu
 	find bench kernels profiling tests vidgen -name __pycache__ -prune -exec rm -rf {} +

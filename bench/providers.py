@@ -56,6 +56,7 @@ def _ours(case: Case) -> Attention:
         blocks = range(*case.shape.query_blocks) if case.shape.query_blocks else None
         mask = IntervalMask.block_causal(lengths, query_blocks=blocks)
     mask = mask.to(case.device)
+    mask.intervals(case.shape.n_queries, case.shape.n_keys)  # kept by the mask
     return lambda q, k, v: interval_attention(q, k, v, mask)
 
 
@@ -110,11 +111,13 @@ def _on_sorted_tokens(case: Case, attention: Attention) -> Attention:
     """Sorted, every set is a block. The order is mask creation, moving the rows is not."""
     if case.rank is None:
         return attention
-    order = case.rank.argsort(stable=True)
-    back = order.argsort()
+    from vidgen_kernels.tokens import select_tokens
+
+    order = case.rank.argsort(stable=True)[None]
+    back = order.argsort(dim=-1)
 
     def sort_attend_unsort(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(*(x.index_select(2, order) for x in (q, k, v))).index_select(2, back)
+        return select_tokens(attention(*(select_tokens(x, order) for x in (q, k, v))), back)
 
     return sort_attend_unsort
 
@@ -225,15 +228,6 @@ def _tokens_before_heads(function: Attention) -> Attention:
     return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def _unwritten(case: Case) -> Attention:
-    raise NotImplementedError("this provider is listed but not implemented")
-
-
-def _not_yet(name: str, import_name: str) -> Callable[[torch.device], str | None]:
-    package = _package(name, import_name)
-    return lambda device: package(device) or f"{name} is installed, but its call is not written yet"
-
-
 PROVIDERS = {
     provider.name: provider
     for provider in (
@@ -292,13 +286,6 @@ PROVIDERS = {
             "xformers once per block",
             _xformers,
             missing=_package("xformers", "xformers"),
-        ),
-        Provider("natten", "NATTEN", _unwritten, missing=_not_yet("natten", "natten")),
-        Provider(
-            "flash_attn_4",
-            "FlashAttention-4",
-            _unwritten,
-            missing=_not_yet("flash-attn-4", "flash_attn.cute"),
         ),
     )
 }

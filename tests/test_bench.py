@@ -103,7 +103,11 @@ def test_peak_memory_of_a_cpu_call() -> None:
 def test_results_keep_the_contract(tmp_path: Path) -> None:
     """Measured by pytest itself on a toy shape, as a user would."""
     path = tmp_path / "results.json"
-    chosen = ["--shape-set=toy", "--shapes=toy_frames", "--providers=ours,sdpa_dense,natten"]
+    chosen = [
+        "--shape-set=toy",
+        "--shapes=toy_frames",
+        "--providers=ours,sdpa_dense,flash_attn_per_block",
+    ]
     command = [sys.executable, "-m", "pytest", "bench/", "-q", f"--benchmark-json={path}", *chosen]
     # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist
     kept = {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
@@ -119,7 +123,7 @@ def test_results_keep_the_contract(tmp_path: Path) -> None:
         assert info["median_ms"] == pytest.approx(1e3 * benchmark["stats"]["median"])
         assert 0 < info["max_error"] < 1e-5
     assert "node" not in results["machine_info"]
-    assert {row["provider"] for row in results["not_measured"]} == {"natten"}
+    assert {row["provider"] for row in results["not_measured"]} == {"flash_attn_per_block"}
     assert all(row["reason"] for row in results["not_measured"])
 
 
@@ -137,7 +141,11 @@ def invented_results() -> dict:
         }
         for provider, ms, spread in (("ours", 2.0, 0.01), ("sdpa_dense", 5.0, 0.2))
     ]
-    absent = {"provider": "natten", "status": "unavailable", "reason": "not installed"}
+    absent = {
+        "provider": "flash_attn_per_block",
+        "status": "unavailable",
+        "reason": "not installed",
+    }
     wrong = {"provider": "planted", "status": "wrong", "reason": "error 1e-01"}
     return {
         "benchmarks": benchmarks,
@@ -151,7 +159,7 @@ def test_report_is_generated_from_results(tmp_path: Path, capsys) -> None:
     path = tmp_path / "new.json"
     path.write_text(json.dumps(invented_results()))
     assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
-    assert "natten, unavailable: not installed (all)" in capsys.readouterr().out
+    assert "flash_attn_per_block, unavailable: not installed (all)" in capsys.readouterr().out
     files = {p.name for p in (tmp_path / "cpu").iterdir()}
     assert files == {"README.md", "attention.json", "attention_peak.png", "attention_speedup.png"}
     text = (tmp_path / "cpu" / "README.md").read_text()

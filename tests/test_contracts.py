@@ -1,6 +1,7 @@
 """What holds for every operator: registration, compilation, autocast, errors, memory, path."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vidgen_kernels import (
     IntervalMask,
     block_causal_attention,
     interval_attention,
+    intervals,
     portable,
     set_masked_attention,
 )
@@ -103,11 +105,22 @@ def test_compiles_as_one_graph(attend: Callable, layout: str) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-LAYOUTS = [[3 + i, 2 * i, 5, 4 + i % 3][: 2 + i % 3] for i in range(10)]
+LAYOUTS = {
+    "all changes": [[3 + i, 2 * i, 5, 4 + i % 3][: 2 + i % 3] for i in range(10)],
+    "first the sum, then the number": [[5 + i, 7, 3][: 2 + i // 5] for i in range(10)],
+    "one block among them": [[5, 6], [7, 7, 7], [12], *([8 + i, 9] for i in range(7))],
+}
 
 
-@pytest.mark.parametrize("given", ["prebuilt mask", "prebuilt sinks", "tensor", "tensor sinks"])
-def test_new_layouts_hardly_ever_recompile(given: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "order"),
+    [
+        *product(["prebuilt mask", "prebuilt sinks"], LAYOUTS),
+        # a tensor of lengths is the caller's: its size is learnt when it first changes
+        *product(["tensor", "tensor sinks"], ["all changes"]),
+    ],
+)
+def test_new_layouts_hardly_ever_recompile(given: str, order: str) -> None:
     """Ten layouts, other lengths, block counts and sums: two compilations at most."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -119,7 +132,7 @@ def test_new_layouts_hardly_ever_recompile(given: str) -> None:
         return interval_attention(q, k, v, layout)
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
-    for lengths in LAYOUTS:
+    for lengths in LAYOUTS[order]:
         leaves = [x.requires_grad_() for x in qkv(sum(lengths))]
         mask = IntervalMask.block_causal(lengths, **rule)
         layout = torch.tensor(lengths) if given.startswith("tensor") else mask
@@ -282,3 +295,45 @@ def test_a_cpu_tensor_takes_the_path_that_was_asked_for(attend: Callable, monkey
     attend(*leaves).sum().backward()
     expected = [] if is_interpreted() else ["interval_attention_fwd", "interval_attention_bwd"]
     assert calls == expected
+
+
+@every_attention
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_first_call_without_gradients_leaves_training_alone(attend: Callable, mode) -> None:
+    """Masks are kept, so they must not be tensors of inference mode."""
+    intervals._build_on_host.cache_clear()
+    with mode():
+        attend(*qkv())
+    leaves = [x.requires_grad_() for x in qkv()]
+    torch.autograd.grad(attend(*leaves).sum(), leaves)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: IntervalMask.from_ranks(RANK.expand(2, -1).sort().values),
+        lambda: IntervalMask.pad_text(IntervalMask.block_causal(LENGTHS), 4, [1, 3]),
+    ],
+)
+def test_a_mask_of_inference_mode_trains(build: Callable) -> None:
+    with torch.inference_mode():
+        mask = build()
+    leaves = [x.requires_grad_() for x in qkv()]
+    torch.autograd.grad(interval_attention(*leaves, mask).sum(), leaves)
+
+
+@every_attention
+# PyTorch scripts its own decompositions for it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_is_refused(attend: Callable) -> None:
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: attend(q, k, v), (q,), (q,))
+
+
+@pytest.mark.parametrize("attend", [blocks, tensor_blocks, sets])
+def test_empty_batch(attend: Callable) -> None:
+    leaves = [x[:0].detach().requires_grad_() for x in qkv()]
+    out = attend(*leaves)
+    assert out.shape == leaves[0].shape
+    assert [g.shape for g in torch.autograd.grad(out.sum(), leaves)] == [x.shape for x in leaves]

@@ -186,6 +186,33 @@ def test_cuda_graph(tensors: list[Tensor]) -> None:
             assert torch.equal(a, b)
 
 
+def test_cuda_graph_with_kept_masks(tensors: list[Tensor]) -> None:
+    """Lengths as ints and prebuilt masks: known after one call, so a capture copies nothing."""
+    q, k, v, do = tensors[:4]
+    mask = IntervalMask.block_causal(FRAMES, window=2, device="cuda")
+
+    def attend() -> list[Tensor]:
+        out = block_causal_attention(q, k, v, FRAMES) + interval_attention(q, k, v, mask)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), do)]
+
+    expected = attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_second_gpu() -> None:
+    q, k, v = (torch.randn(1, 2, 50, 64, device="cuda:1") for _ in range(3))
+    out = block_causal_attention(q, k, v, [20, 30])
+    expected = block_causal_attention(*(x.to("cuda:0") for x in (q, k, v)), [20, 30])
+    assert torch.equal(out.to("cuda:0"), expected)
+
+
 @pytest.mark.parametrize("given", ["prebuilt mask", "tensor"])
 def test_compiles_with_inductor(given: str) -> None:
     torch._dynamo.reset()

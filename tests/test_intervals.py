@@ -168,10 +168,18 @@ BAD = {
         r"\[2, 3\]",
     ),
     "text too long": (lambda: IntervalMask.pad_text(causal([3]), 4, [2]), "3.*4"),
-    "text longer than the queries": (
-        lambda: IntervalMask.pad_text(causal([2, 3], query_blocks=range(0, 1)), 3, [2]),
-        "2.*3",
-    ),
+    "no valid lengths": (lambda: IntervalMask.pad_text(causal([3]), 2, []), "1 values.*0"),
+    "valid is no sequence": (lambda: IntervalMask.pad_text(causal([3]), 2, 2), "sequence.*2"),
+    "no sequence": (lambda: causal(5), "sequence.*5"),
+    "tensor of no dims": (lambda: causal(torch.tensor(5)), r"\[N\].*\[\]"),
+    "past int32": (lambda: causal([2**31]), "at most 2147483647.*2147483648"),
+    "sum past int32": (lambda: causal([2**31 - 1, 5]), "at most 2147483647"),
+    "tensor past int32": (lambda: causal(as_tensor([2**31])), "at most 2147483647"),
+    "window of 1.5": (lambda: causal([3], window=1.5), "window.*1.5"),
+    "window True": (lambda: causal([3], window=True), "window.*True"),
+    "no number of sinks": (lambda: causal([3], sink_blocks=None), "sink_blocks.*None"),
+    "bad q_lengths": (lambda: IntervalMask.full([1.5], [3]), "q_lengths.*1.5"),
+    "ranks as a list": (lambda: IntervalMask.from_ranks([0, 1]), "tensor.*list"),
     "valid above text": (lambda: IntervalMask.pad_text(causal([3]), 2, [3]), "0..2"),
     "valid below zero": (lambda: IntervalMask.pad_text(causal([3]), 2, as_tensor([-1])), "0..2"),
     "valid of another batch": (
@@ -250,3 +258,40 @@ def test_metadata_takes_no_time(limit_ms: float, build) -> None:
 
     # other processes share the cores: one quiet stretch in ten is enough
     assert min(median_ms() for _ in range(10)) <= limit_ms
+
+
+def test_text_past_the_queries() -> None:
+    """Text is the first keys; queries are text as far as they go, and only from block 0 on."""
+    dense = reference.block_causal_mask([3, 4, 5], query_blocks=range(0, 1))
+    step = causal([3, 4, 5], query_blocks=range(0, 1))
+    check(
+        IntervalMask.pad_text(step, 5, [4, 1]),
+        reference.pad_text_mask(dense, 5, [4, 1], text_queries=True),
+    )
+    nothing = IntervalMask.pad_text(causal([3, 4, 5], query_blocks=range(0, 0)), 3, [1])
+    check(nothing, torch.zeros(1, 0, 12, dtype=torch.bool))
+
+
+def test_text_of_self_attention_does_not_depend_on_how_lengths_are_given() -> None:
+    lengths, rank = as_tensor([9]), torch.arange(9)
+    for mask, same in (
+        (IntervalMask.full([9], [9]), IntervalMask.full(lengths, lengths.clone())),
+        (IntervalMask.from_ranks(rank), IntervalMask.from_ranks(rank, rank)),
+    ):
+        a, b = (IntervalMask.pad_text(m, 9, [3, 4]).to_dense() for m in (mask, same))
+        assert torch.equal(a, b)
+
+
+def test_pack_takes_any_iterable() -> None:
+    packed = IntervalMask.pack(causal([n]) for n in (2, 3))
+    assert torch.equal(packed.to_dense(), IntervalMask.full([2, 3], [2, 3]).to_dense())
+
+
+def test_default_device_does_not_matter() -> None:
+    intervals._build_on_host.cache_clear()
+    with torch.device("meta"):
+        assert causal([6, 7]).intervals(13, 13).q_end.device.type == "cpu"
+
+
+def test_to_the_same_device_is_the_same_mask() -> None:
+    assert (mask := causal([3, 4])).to("cpu") is mask

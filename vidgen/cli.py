@@ -27,7 +27,7 @@ EXTRAS = {
     "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib"),
     "models": ("diffusers", "transformers", "safetensors", "av"),
     "profiling": ("nvtx",),
-    "peers": ("flash_attn", "xformers", "natten"),
+    "peers": ("flash_attn", "xformers"),
 }
 
 # A finished test in pytest's verbose output: its parameters and how far the run is.

@@ -15,7 +15,7 @@ from vidgen_kernels import IntervalMask, interval_attention, set_masked_attentio
 
 
 class Ops(NamedTuple):
-    """Signatures, shapes and returns of the functions of `vidgen_kernels` with these names."""
+    """Functions of the shapes, meaning and returns of those in `vidgen_kernels`."""
 
     interval_attention: Callable[..., Any]
     set_masked_attention: Callable[..., Any]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import portable
 from ._triton import is_interpreted
-from .front_door import autocast, check_qkv, resolve_scale
+from .front_door import prepare, resolve_scale
 from .interval_attention import backward_op, forward_op, interval_attention, register_autograd
 from .intervals import BlockLengths, IntervalMask, check_ranks, sorted_ranks
 from .tokens import select_tokens
@@ -130,15 +130,15 @@ def set_masked_attention(
 
     The rest, returns and errors: `interval_attention`.
     """
-    q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
+    q, k, v = prepare(q, k, v)
     ranks_q = check_ranks("rank_q", rank_q)
     ranks_k = ranks_q if rank_k is None else check_ranks("rank_k", rank_k)
-    for name, ranks, x in (("rank_q", ranks_q, q), ("rank_k", ranks_k, k)):
+    given_k = rank_q if rank_k is None else rank_k
+    for name, given, ranks, x in (("rank_q", rank_q, ranks_q, q), ("rank_k", given_k, ranks_k, k)):
         n_batch, _, n_tokens, _ = x.shape
         if len(ranks) not in (1, n_batch) or ranks.shape[1] != n_tokens:
             expected = f"[{n_tokens}] or [{n_batch}, {n_tokens}]"
-            raise ValueError(f"{name}: expected shape {expected}, got {list(ranks.shape)}")
+            raise ValueError(f"{name}: expected shape {expected}, got {list(given.shape)}")
         if ranks.device != q.device:
             raise ValueError(f"{name}: expected device {q.device} as q has, got {ranks.device}")
     sorted_q, order_q = ranks_q.sort(dim=-1, stable=True)

@@ -2,23 +2,24 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda")  # HIP devices are called cuda
 MAX_HEAD_DIM = 256
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """ValueError unless q, k, v are what the kernels take."""
+def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in the dtype that autocast asks for; ValueError unless the kernels take them."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected shape [B, H, T, D], got {list(x.shape)}")
-        if x.dtype not in DTYPES or x.dtype != q.dtype:
-            wanted = (
-                "one of " + ", ".join(map(str, DTYPES)) if name == "q" else f"{q.dtype} as q has"
-            )
-            raise ValueError(f"{name}: expected dtype {wanted}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q has, got {x.device}")
+        if x.device.type not in DEVICES or x.device != q.device:
+            wanted = f"{q.device} as q has" if name != "q" else " or ".join(DEVICES)
+            raise ValueError(f"{name}: expected device {wanted}, got {x.device}")
+        if x.dtype not in DTYPES:
+            wanted = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{name}: expected dtype one of {wanted}, got {x.dtype}")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}")
     n_batch, n_heads, _, head_dim = q.shape
@@ -29,8 +30,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if (k.shape[0], k.shape[3]) != (n_batch, head_dim):
         expected = f"[{n_batch}, Hkv, Tk, {head_dim}]"
         raise ValueError(f"k: expected shape {expected} to match q, got {list(k.shape)}")
-    if k.shape[1] == 0 or n_heads % k.shape[1]:
-        raise ValueError(f"k: expected a head count that divides {n_heads}, got {k.shape[1]}")
+    if n_heads == 0 or k.shape[1] == 0 or n_heads % k.shape[1]:
+        actual = f"{n_heads} and {k.shape[1]}"
+        raise ValueError(f"k: expected q's heads to be a multiple of k's, at least 1, got {actual}")
+    _refuse_tangents(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected dtype {q.dtype} as q has, got {x.dtype}")
+    return q, k, v
 
 
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
@@ -39,9 +47,17 @@ def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float
     return (q, scale) if scale > 0 else (q * scale, 1.0)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """An operator without a forward-mode formula would drop tangents in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("vidgen attention has no forward-mode derivative")

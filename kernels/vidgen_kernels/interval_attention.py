@@ -38,8 +38,11 @@ from ._triton import (
     scalar,
 )
 from .configs import lookup
-from .front_door import autocast, check_qkv, resolve_scale
+from .front_door import prepare, resolve_scale
 from .intervals import IntervalMask
+
+# Compiled once for all sizes: a KV cache grows with every step.
+SIZES = ("n_heads", "n_kv_heads", "n_queries", "n_keys")
 
 
 @triton.jit
@@ -126,7 +129,7 @@ def _fwd_tile(
     return acc, l_i, m_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _interval_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, begin_ptr, end_ptr,
     # strides: (batch, head, token), and (interval, batch) of begin and end
@@ -202,7 +205,7 @@ def _dq_tile(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _interval_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     begin_ptr, end_ptr,
@@ -296,7 +299,7 @@ def _dkdv_tile(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _interval_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, begin_ptr, end_ptr,
     # strides: (batch, head, token), and (interval, batch) of begin and end
@@ -435,7 +438,9 @@ def forward_op(
     q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch_fwd(q, k, v, q_begin, q_end, softmax_scale)
+    _require_compiled()
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return _launch_fwd(q, k, v, q_begin, q_end, softmax_scale)
 
 
 @forward_op.register_kernel("cpu")
@@ -454,9 +459,11 @@ def backward_op(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _launch_bwd(
-        do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
-    )  # fmt: skip
+    _require_compiled()
+    with torch.cuda.device_of(q):
+        return _launch_bwd(
+            do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
+        )
 
 
 @backward_op.register_kernel("cpu")
@@ -473,6 +480,11 @@ def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
 @backward_op.register_fake
 def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale):
     return _empty_bwd(q, k, v)
+
+
+def _require_compiled() -> None:
+    if is_interpreted():
+        raise RuntimeError("TRITON_INTERPRET=1 is for CPU tensors: unset it for CUDA tensors")
 
 
 def register_autograd(forward_op: CustomOpDef, backward_op: CustomOpDef) -> None:
@@ -525,10 +537,11 @@ def interval_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or mask sizes that do not fit.
-        NotImplementedError: double backward.
+        NotImplementedError: double backward, forward-mode derivatives.
     """
-    q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
+    q, k, v = prepare(q, k, v)
+    if not isinstance(mask, IntervalMask):
+        raise ValueError(f"mask: expected an IntervalMask, got {type(mask).__name__}")
     if mask.device != q.device:
         raise ValueError(f"mask: expected device {q.device} as q has, got {mask.device}")
     if mask.batch_size not in (1, q.shape[0]):

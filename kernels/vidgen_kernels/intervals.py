@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 
 from .runs import Runs, concatenate, on_host, require
 
+MAX_TOKENS = 2**31 - 1  # positions are int32
+
 BlockLengths = Sequence[int] | Tensor
 Device = torch.device | str | None
 
@@ -69,10 +71,11 @@ class IntervalMask:
             ValueError: lengths that are no integers of 0 or more, a window below 1, a negative
                 number of sinks, query blocks outside ``0..N``.
         """
-        n_blocks = len(block_lengths)
+        n_blocks = _count("block_lengths", block_lengths)
         start, stop = (0, n_blocks) if query_blocks is None else _blocks(query_blocks, n_blocks)
         _check_window(window, sink_blocks)
-        return _build(_block_causal, [block_lengths], (start, stop, window, sink_blocks), device)
+        lengths = {"block_lengths": block_lengths}
+        return _build(_block_causal, lengths, (start, stop, window, sink_blocks), device)
 
     @classmethod
     def teacher_forcing(
@@ -89,7 +92,8 @@ class IntervalMask:
         before i, by the same window and sinks, and itself. Arguments and errors: `block_causal`.
         """
         _check_window(window, sink_blocks)
-        return _build(_teacher_forcing, [block_lengths], (window, sink_blocks), device)
+        lengths = {"block_lengths": block_lengths}
+        return _build(_teacher_forcing, lengths, (window, sink_blocks), device)
 
     @classmethod
     def full(
@@ -98,20 +102,19 @@ class IntervalMask:
         """Block-diagonal: the queries of sequence i see all keys of sequence i.
 
         Args:
-            q_lengths, k_lengths: tokens per sequence, ints or int tensors ``[N]``.
+            q_lengths, k_lengths: tokens per sequence, ints or int tensors ``[N]``. Where they are
+                equal (on a GPU: one object) queries and keys are the same tokens to `pad_text`.
 
         Raises:
             ValueError: different numbers of sequences, or bad lengths.
         """
-        n_sequences = len(q_lengths)
-        if len(k_lengths) != n_sequences:
+        n_sequences = _count("q_lengths", q_lengths)
+        if _count("k_lengths", k_lengths) != n_sequences:
             raise ValueError(
                 f"k_lengths: expected {n_sequences} sequences as in q_lengths, got {len(k_lengths)}"
             )
-        is_self = q_lengths is k_lengths or (
-            not isinstance(q_lengths, Tensor) and [*q_lengths] == [*k_lengths]
-        )
-        return _build(_full, [q_lengths, k_lengths], (is_self,), device)
+        lengths = {"q_lengths": q_lengths, "k_lengths": k_lengths}
+        return _build(_full, lengths, (_are_same(q_lengths, k_lengths),), device)
 
     @classmethod
     def from_ranks(cls, rank_q: Tensor, rank_k: Tensor | None = None) -> IntervalMask:
@@ -125,6 +128,7 @@ class IntervalMask:
                 that are not sorted; those go through `set_masked_attention`.
         """
         q = check_ranks("rank_q", rank_q)
+        is_self = rank_k is None or rank_k is rank_q
         k = q if rank_k is None else check_ranks("rank_k", rank_k)
         if q.device != k.device or (len(q) != len(k) and 1 not in (len(q), len(k))):
             raise ValueError(
@@ -134,9 +138,9 @@ class IntervalMask:
         for name, rank in (("rank_q", q), ("rank_k", k)):
             is_sorted = (rank[:, 1:] >= rank[:, :-1]).all()
             require(is_sorted, f"{name}: expected sorted ranks, got some in another order")
-        if rank_k is None and len(q) == 1 and on_host(q):  # equal ranks are a block
+        if is_self and len(q) == 1 and on_host(q):  # equal ranks are a block
             return cls.block_causal(q[0].unique_consecutive(return_counts=True)[1])
-        return sorted_ranks(q, k, text_queries=rank_k is None)
+        return sorted_ranks(q, k, text_queries=is_self)
 
     @classmethod
     def pack(cls, masks: Sequence[IntervalMask]) -> IntervalMask:
@@ -145,6 +149,7 @@ class IntervalMask:
         Raises:
             ValueError: no masks, different devices, or batch sizes other than 1 and one more.
         """
+        masks = list(masks)
         if not masks:
             raise ValueError("masks: expected at least one, got none")
         devices = {m.device for m in masks}
@@ -170,7 +175,8 @@ class IntervalMask:
         """``mask`` less the padding of the text: the text tokens past a batch row's valid length.
 
         The first ``text_length`` keys are text, valid ones first. Padded keys are seen by nobody;
-        padded queries, if the queries include the text, see nothing and give 0.
+        padded queries, if block 0 is among the queries, see nothing and give 0. As with any mask
+        values that nobody sees must still be finite.
 
         Args:
             valid_lengths: valid text tokens per batch row, ints or an int tensor ``[B]``.
@@ -180,14 +186,18 @@ class IntervalMask:
                 another batch size than the mask's, or a mask that would need four intervals.
         """
         (n_text,) = _as_lengths("text_length", [text_length])
-        n_tokens = mask.n_queries if mask.text_queries else mask.n_keys
-        if n_tokens is not None and n_text > n_tokens:
-            raise ValueError(f"text_length: expected at most {n_tokens} tokens, got {n_text}")
-        valid = _as_tensor("valid_lengths", valid_lengths, mask.device)[:, None]  # [B, 1]
+        if mask.n_keys is not None and n_text > mask.n_keys:
+            raise ValueError(f"text_length: expected at most {mask.n_keys} keys, got {n_text}")
+        n_valid = _count("valid_lengths", valid_lengths)
+        if n_valid == 0 or (mask.batch_size != 1 and n_valid not in (1, mask.batch_size)):
+            raise ValueError(f"valid_lengths: expected {mask.batch_size} values, got {n_valid}")
+        if not isinstance(valid_lengths, Tensor):
+            for n in _as_lengths("valid_lengths", valid_lengths):
+                if n > n_text:
+                    raise ValueError(f"valid_lengths: expected values in 0..{n_text}, got {n}")
+        valid = _as_tensor("valid_lengths", valid_lengths, mask.device).to(torch.int32)[:, None]
         in_range = ((valid >= 0) & (valid <= n_text)).all()
         require(in_range, f"valid_lengths: expected values in 0..{n_text}, got others")
-        if mask.batch_size not in (1, len(valid)):
-            raise ValueError(f"valid_lengths: expected {mask.batch_size} values, got {len(valid)}")
         if n_text == 0:
             return mask
         text = torch.full_like(valid, n_text)
@@ -195,6 +205,7 @@ class IntervalMask:
         keys = mask.keys.split(points).emptied(valid, text)
         queries = mask.queries.without(valid, text)
         if mask.text_queries:
+            points = points.clamp(max=mask.queries.n_tokens)  # not all text need be a query
             queries = queries.split(points).emptied(valid, text)
             keys = keys.without(valid, text)
         return cls(queries, keys, mask.n_queries, mask.n_keys, mask.text_queries)
@@ -209,8 +220,10 @@ class IntervalMask:
         return max(self.queries.batch_size, self.keys.batch_size)
 
     def to(self, device: torch.device | str) -> IntervalMask:
-        """The mask on another device."""
-        device = torch.device(device)
+        """The mask on another device; keep it, it is not cached."""
+        device = _with_index(device)
+        if device == self.device:
+            return self
         queries, keys = self.queries.to(device), self.keys.to(device)
         return IntervalMask(queries, keys, self.n_queries, self.n_keys, self.text_queries)
 
@@ -226,11 +239,15 @@ class IntervalMask:
         ):
             if expected is not None and expected != actual:
                 raise ValueError(f"mask: expected {expected} {name}, got {actual}")
-        if _is_recording(self.device):
+        if torch.compiler.is_compiling():
             return self._expand(n_queries, n_keys)
-        if (n_queries, n_keys) not in self._per_token:
-            self._per_token[n_queries, n_keys] = self._expand(n_queries, n_keys)
-        return self._per_token[n_queries, n_keys]
+        if (n_queries, n_keys) in self._per_token:
+            return self._per_token[n_queries, n_keys]
+        with torch.inference_mode(False):  # what is kept must serve training too
+            intervals = self._expand(n_queries, n_keys)
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._per_token[n_queries, n_keys] = intervals  # in a capture it has no values yet
+        return intervals
 
     def _expand(self, n_queries: int, n_keys: int) -> TokenIntervals:
         # The messages are constants: one that held the count would make it one for a tracer too.
@@ -241,7 +258,10 @@ class IntervalMask:
             if isinstance(runs.n_tokens, Tensor):
                 is_sum = runs.n_tokens == n_tokens
                 require(is_sum, f"mask: expected lengths that sum to the number of {name}")
-        return TokenIntervals(*self.queries.expand(n_queries), *self.keys.expand(n_keys))
+        tables = (*self.queries.expand(n_queries), *self.keys.expand(n_keys))
+        if torch.compiler.is_compiling():
+            return TokenIntervals(*tables)
+        return TokenIntervals(*(x.clone() if x.is_inference() else x for x in tables))
 
     def to_dense(self) -> Tensor:
         """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key: to look at, and for tests."""
@@ -254,6 +274,8 @@ class IntervalMask:
 
 def check_ranks(name: str, rank: Tensor) -> Tensor:
     """``rank`` as int64 ``[B or 1, T]``, or a ValueError."""
+    if not isinstance(rank, Tensor):
+        raise ValueError(f"{name}: expected an integer tensor, got {type(rank).__name__}")
     if rank.dtype.is_floating_point or rank.dtype.is_complex or rank.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {rank.dtype}")
     if rank.ndim not in (1, 2):
@@ -274,25 +296,34 @@ def sorted_ranks(rank_q: Tensor, rank_k: Tensor, *, text_queries: bool = False) 
 
 def _build(
     builder: Callable[..., IntervalMask],
-    lengths: Sequence[BlockLengths],
+    lengths: dict[str, BlockLengths],
     rules: tuple,
     device: Device,
 ) -> IntervalMask:
     """``builder(*edges, *rules)``, on the host for ints, else on the device of the lengths."""
-    tensors = [x for x in lengths if isinstance(x, Tensor)]
+    tensors = [x for x in lengths.values() if isinstance(x, Tensor)]
     default = tensors[0].device if tensors else "cpu"
-    device = torch.device(default if device is None else device)
-    if tensors or _is_recording(device):
-        return builder(*(_edges(x, device) for x in lengths), *rules)
-    ints = (_as_lengths("block_lengths", x) for x in lengths if not isinstance(x, Tensor))
-    return _build_on_host(builder, tuple(map(tuple, ints)), rules, device)
+    device = _with_index(default if device is None else device)
+    if tensors or torch.compiler.is_compiling():
+        return builder(*(_edges(name, x, device) for name, x in lengths.items()), *rules)
+    ints = tuple(
+        (name, tuple(_as_lengths(name, x)))
+        for name, x in lengths.items()
+        if not isinstance(x, Tensor)  # none is; for the type checker
+    )
+    return _build_on_host(builder, ints, rules, device)
 
 
 # Layouts are few and come back at every step, so masks of ints are kept. Those of tensors are not:
 # their content may change behind our back.
 @functools.lru_cache(maxsize=64)
 def _build_on_host(builder, lengths, rules, device) -> IntervalMask:
-    return builder(*(_edges(x, None) for x in lengths), *rules).to(device)
+    with torch.inference_mode(False):  # what is kept must serve training too
+        edges = (_edges(name, x, torch.device("cpu")) for name, x in lengths)
+        mask = builder(*edges, *rules).to(device)
+    mask.queries.mark_dynamic()
+    mask.keys.mark_dynamic()
+    return mask
 
 
 def _block_causal(
@@ -307,7 +338,9 @@ def _block_causal(
     last = _last_query_block(j, n_blocks, window, sink_blocks)
     begin, end = (edges[x.clamp(start, stop)] - edges[start] for x in (j, last))
     keys = Runs.of(edges, [(begin, end)])
-    return IntervalMask(queries, keys, _total(q_edges), _total(edges), text_queries=start == 0)
+    return IntervalMask(
+        queries, keys, _total(q_edges), _total(edges), text_queries=start == 0 < stop
+    )
 
 
 def _teacher_forcing(edges: Tensor, window: int | None, sink_blocks: int) -> IntervalMask:
@@ -359,11 +392,13 @@ def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
     return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
-def _edges(block_lengths: BlockLengths, device: Device) -> Tensor:
+def _edges(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
     """First token of every block and the end of the last, int32 ``[N + 1]``."""
-    lengths = _as_tensor("block_lengths", block_lengths, device)
-    require((lengths >= 0).all(), "block_lengths: expected no negative number, got one")
-    return pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    lengths = _as_tensor(name, lengths, device)
+    require((lengths >= 0).all(), f"{name}: expected no negative number, got one")
+    edges = pad(lengths.cumsum(0), (1, 0))
+    require(edges[-1] <= MAX_TOKENS, f"{name}: expected at most {MAX_TOKENS} tokens, got more")
+    return edges.to(torch.int32)
 
 
 def _total(edges: Tensor) -> int | None:
@@ -376,17 +411,16 @@ def _sum(counts: list[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def _as_tensor(name: str, lengths: BlockLengths, device: Device) -> Tensor:
-    """Lengths as int32 ``[N]``."""
+def _as_tensor(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
+    """Lengths as int64 ``[N]``."""
     if not isinstance(lengths, Tensor):
-        values = torch.tensor(_as_lengths(name, lengths), dtype=torch.int32)
-        return values if device is None else values.to(device, non_blocking=True)
-    if lengths.ndim != 1 or lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
-        actual = f"{lengths.dtype} {list(lengths.shape)}"
-        raise ValueError(f"{name}: expected integers of shape [N], got {actual}")
-    if device is not None and lengths.device.type != torch.device(device).type:
+        values = torch.tensor(_as_lengths(name, lengths), dtype=torch.int64, device="cpu")
+        return values.to(device, non_blocking=True)
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {lengths.dtype}")
+    if lengths.device != device:
         raise ValueError(f"{name}: expected device {device}, got {lengths.device}")
-    return lengths.to(torch.int32)
+    return lengths.to(torch.int64)
 
 
 def _as_lengths(name: str, lengths: Sequence[int]) -> list[int]:
@@ -394,18 +428,44 @@ def _as_lengths(name: str, lengths: Sequence[int]) -> list[int]:
     if torch.compiler.is_compiling():  # they may be symbols there
         return [*lengths]
     for n in lengths:
-        if isinstance(n, bool) or not hasattr(n, "__index__"):
+        if not _is_int(n):
             raise ValueError(f"{name}: expected integers, got {n!r}")
         if n < 0:
             raise ValueError(f"{name}: expected no negative number, got {n}")
+        if n > MAX_TOKENS:
+            raise ValueError(f"{name}: expected at most {MAX_TOKENS} tokens, got {n}")
     return [int(n) for n in lengths]
 
 
+def _count(name: str, lengths: BlockLengths) -> int:
+    """How many lengths there are, or a ValueError."""
+    if isinstance(lengths, Tensor) and lengths.ndim != 1:
+        raise ValueError(f"{name}: expected shape [N], got {list(lengths.shape)}")
+    if not hasattr(lengths, "__len__"):
+        raise ValueError(f"{name}: expected a sequence of ints or a tensor, got {lengths!r}")
+    return len(lengths)
+
+
+def _are_same(q_lengths: BlockLengths, k_lengths: BlockLengths) -> bool:
+    """As far as can be told without reading a GPU."""
+    if q_lengths is k_lengths:
+        return True
+    if any(isinstance(x, Tensor) and not on_host(x) for x in (q_lengths, k_lengths)):
+        return False
+    return [int(n) for n in q_lengths] == [int(n) for n in k_lengths]
+
+
+def _is_int(x) -> bool:
+    return hasattr(x, "__index__") and not isinstance(x, (bool, Tensor))
+
+
 def _check_window(window: int | None, sink_blocks: int) -> None:
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected None or at least 1 block, got {window}")
-    if sink_blocks < 0:
-        raise ValueError(f"sink_blocks: expected 0 or more, got {sink_blocks}")
+    if torch.compiler.is_compiling():
+        return
+    if window is not None and (not _is_int(window) or window < 1):
+        raise ValueError(f"window: expected None or at least 1 block, got {window!r}")
+    if not _is_int(sink_blocks) or sink_blocks < 0:
+        raise ValueError(f"sink_blocks: expected 0 or more, got {sink_blocks!r}")
 
 
 def _blocks(query_blocks: range, n_blocks: int) -> tuple[int, int]:
@@ -416,8 +476,9 @@ def _blocks(query_blocks: range, n_blocks: int) -> tuple[int, int]:
     return query_blocks.start, query_blocks.stop
 
 
-def _is_recording(device: torch.device) -> bool:
-    """True in a trace or a CUDA graph capture: tensors made now have no values to keep."""
-    if torch.compiler.is_compiling():
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _with_index(device: torch.device | str) -> torch.device:
+    """``cuda`` means the current one; a mask that is kept must say which that was."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -225,11 +225,13 @@ def _chunk(rows: slice, begin: Tensor, end: Tensor, dtype: torch.dtype) -> Chunk
     n_rows = begin.shape[-1]
     if bool((begin == begin[..., :1]).all() and (end == end[..., :1]).all()):
         begin, end = begin[..., :1], end[..., :1]  # a long run: one row of mask for all of them
-    key = torch.cat([torch.arange(s.start, s.stop, dtype=begin.dtype) for s in keys])
-    hidden = torch.ones(*begin.shape[1:], n_keys, dtype=torch.bool)
+    key = torch.cat(
+        [torch.arange(s.start, s.stop, dtype=begin.dtype, device=begin.device) for s in keys]
+    )
+    hidden = torch.ones(*begin.shape[1:], n_keys, dtype=torch.bool, device=begin.device)
     for i in range(len(begin)):
         hidden &= (key < begin[i, ..., None]) | (key >= end[i, ..., None])
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+    mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
     return Chunk(rows, keys, mask[:, None].expand(-1, -1, n_rows, -1))
 
 

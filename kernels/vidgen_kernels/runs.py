@@ -27,7 +27,13 @@ class Runs:
 
     @classmethod
     def of(cls, edges: Tensor, intervals: Sequence[tuple[Tensor, Tensor]]) -> Runs:
-        """From run edges ``[R + 1]`` and intervals in any order, each a pair of ``[R]``."""
+        """From run edges ``[R + 1]`` and intervals in any order, each a pair of ``[R]``.
+
+        A single run gets an empty one beside it: tracers give sizes of 1 a program of their own.
+        """
+        if len(edges) == 2:
+            edges = torch.cat([edges, edges[1:]])
+            intervals = [(begin.repeat(2), end.repeat(2)) for begin, end in intervals]
         begin, end = (torch.stack(x)[:, None] for x in zip(*intervals, strict=True))
         return cls(edges[None, 1:], *_tidy(begin, end, limit=len(intervals)))
 
@@ -100,6 +106,12 @@ class Runs:
         """No intervals for the runs that start in ``begin..end`` ``[B, 1]``."""
         keep = ((self.starts < begin) | (self.starts >= end)).to(torch.int32)
         return Runs(self.stop, self.begin * keep, self.end * keep)
+
+    def mark_dynamic(self) -> None:
+        """Tells a tracer that the number of runs is data: a new layout recompiles nothing."""
+        for x in (self.stop, self.begin, self.end):
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1)
 
     def to(self, device: torch.device) -> Runs:
         # non_blocking: the driver stages these few bytes; a blocking copy would wait for the GPU

@@ -251,8 +251,8 @@ def _has_text_queries(recipe: Recipe) -> bool:
     """True where block 0 is among the queries, so that padded text tokens are queries as well."""
     kind, args = recipe
     if kind == "block_causal":
-        blocks = args.get("query_blocks")
-        return blocks is None or blocks.start == 0
+        blocks = args.get("query_blocks") or range(len(args["block_lengths"]))
+        return blocks.start == 0 < blocks.stop
     if kind == "full":
         return args["q_lengths"] == args["k_lengths"]
     if kind == "from_ranks":
@@ -263,9 +263,9 @@ def _has_text_queries(recipe: Recipe) -> bool:
 
 
 def _text_limit(recipe: Recipe) -> int:
-    """The longest text: of the first sequence, and where its queries are text, as long as those."""
+    """The longest text: the keys of the first sequence, and as many as its queries in a pack."""
     kind, args = recipe
-    if kind == "pack":
-        return _text_limit(args["masks"][0])
-    _, n_queries, n_keys = dense_mask(recipe).shape
-    return min(n_queries, n_keys) if _has_text_queries(recipe) else n_keys
+    if kind != "pack":
+        return dense_mask(recipe).shape[2]
+    first = args["masks"][0]
+    return min(_text_limit(first), dense_mask(first).shape[1])

@@ -13,8 +13,8 @@ def select_tokens(x: Tensor, order: Tensor) -> Tensor:
     rows, index = _memory_rows(x, order)
     selected = rows.index_select(0, index)
     if _is_token_major(x):
-        return selected.unflatten(0, (len(x), -1)).transpose(1, 2)
-    return selected.unflatten(0, (*x.shape[:2], -1))
+        return selected.unflatten(0, (len(x), order.shape[1])).transpose(1, 2)
+    return selected.unflatten(0, (*x.shape[:2], order.shape[1]))
 
 
 def put_tokens(out: Tensor, order: Tensor, x: Tensor) -> None:
