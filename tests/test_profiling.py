@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from vidgen.shapes import SETS
 from vidgen_kernels import block_causal_attention
 
 pytestmark = pytest.mark.portable_only
@@ -120,3 +122,10 @@ def test_scripts_say_what_they_run(tool: str) -> None:
     }
     assert line.startswith(f"{tool} ")
     assert all(words in line for words in (*expected[tool], region)), line
+
+
+def test_documents_name_shapes_that_exist() -> None:
+    known = {shape.name for shapes in SETS.values() for shape in shapes}
+    documents = [p for p in PROFILING.parent.glob("*/*.md") if "results" not in p.parts]
+    named = {m for p in documents for m in re.findall(r"--shape (\w[\w.]*)", p.read_text())}
+    assert named and named <= known

@@ -38,7 +38,8 @@ class TokenIntervals(NamedTuple):
 class IntervalMask:
     """Which query sees which key. Built by the class methods below, which also combine.
 
-    One mask serves every layer and step of a layout: its per-token form is computed once.
+    One mask serves every layer and step of a layout: its per-token form is computed once, on the
+    stream of the first call. Other streams wait for that one, as for any tensor.
     """
 
     queries: Runs
