@@ -75,7 +75,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() and not is_interpreted() else "cpu"
     path = "interpreted" if is_interpreted() else {"cuda": "cuda", "cpu": "portable"}[device]
     end = time.monotonic() + 60 * args.minutes
-    n_cases = 0
+    n_cases, shown = 0, 0.0
     while time.monotonic() < end and n_cases != args.cases:
         seed, described = first + n_cases, []
         try:
@@ -88,9 +88,12 @@ def main() -> int:
             print("\n".join(lines), flush=True)
             return 1
         n_cases += 1
-        left = max(0.0, end - time.monotonic())
-        status = f"{path}: {n_cases} cases, seeds {first}..{seed}, {left / 60:.1f} minutes left"
-        print("\r" + status, end="", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - shown >= 1:
+            left = max(0.0, end - now) / 60
+            status = f"{path}: {n_cases} cases, seeds {first}..{seed}, {left:.1f} minutes left"
+            print("\r" + status, end="", file=sys.stderr, flush=True)
+            shown = now
     print(f"\n{n_cases} cases passed on the {path} path, seeds from {first}")
     return 0
 

@@ -205,8 +205,8 @@ def test_bad_arguments_exit_with_2(argv: list[str], capsys) -> None:
 
 
 def test_bench_outside_the_source_tree_says_where_to_get_it(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(cli, "BENCH", tmp_path)
-    assert cli.main(["bench"]) == 1
+    monkeypatch.setattr(cli, "BENCH", tmp_path / "absent")
+    assert cli.main(["bench", "attention"]) == 1
     assert "get the source" in capsys.readouterr().err
 
 

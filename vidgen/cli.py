@@ -75,9 +75,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def configure_bench(parser: argparse.ArgumentParser) -> None:
-    ops = sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
+    ops = ["all", *sorted(p.stem.removeprefix("bench_") for p in BENCH.glob("bench_*.py"))]
     parser.add_argument(
-        "op", nargs="?", default="all", choices=["all", *ops], help="what to time (default: all)"
+        "op",
+        nargs="?",
+        default="all",
+        choices=ops if BENCH.is_dir() else None,  # without the source, `run_bench` explains
+        help=f"what to time, of {', '.join(ops)} (default: all)",
     )
     parser.add_argument(
         "--shapes", metavar="PATTERN", help="shapes by name, e.g. 'wan_*' (commas: or)"
@@ -253,8 +257,8 @@ def _require_extra(extra: str) -> None:
 def _require_source(path: Path, what: str) -> None:
     if not path.exists():
         raise CommandError(
-            f"{what} are not part of the installed package: get the source with `git clone` or "
-            "`pip download --no-deps --no-binary :all: vidgen-kernels`, and run this command there"
+            f"{what} are not part of the installed package: get the source with `git clone` "
+            "and run this command there"
         )
 
 

@@ -193,7 +193,8 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as problem:
         return _error(f"golden: {problem}")
     if not cases:
-        return _error(f"golden: expected cases below {folder}, found none")
+        hint = "name their folder with --golden DIR or VIDGEN_GOLDEN"
+        return _error(f"golden: expected cases below {folder}, found none; {hint}")
     device = "cuda" if path == "cuda" else "cpu"
     sys.stdout.write(f"path: {path}, ops: {args.ops}, dtype: {args.dtype}, cases: {folder}\n")
     counts = {"PASS": 0, "FAIL": 0, "SKIP": 0}
