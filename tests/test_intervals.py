@@ -225,6 +225,7 @@ def test_a_tensor_is_never_cached_nor_kept() -> None:
 
 
 LENGTHS_100K = [1560] * 63 + [1720]
+RANKS_100K = torch.arange(64).repeat_interleave(torch.tensor(LENGTHS_100K))
 TEXT = LENGTHS_100K[0] // 2
 
 
@@ -235,12 +236,13 @@ TEXT = LENGTHS_100K[0] // 2
         (0.5, lambda: causal(LENGTHS_100K, window=8)),
         (0.5, lambda: causal(LENGTHS_100K, query_blocks=range(60, 64))),
         (0.5, lambda: IntervalMask.full(LENGTHS_100K, LENGTHS_100K)),
+        (0.5, lambda: IntervalMask.from_ranks(RANKS_100K)),
         (2.0, lambda: causal(LENGTHS_100K, window=8, sink_blocks=1)),
         (2.0, lambda: IntervalMask.teacher_forcing([x // 2 for x in LENGTHS_100K])),
         (2.0, lambda: IntervalMask.teacher_forcing([x // 2 for x in LENGTHS_100K], window=8)),
         (2.0, lambda: IntervalMask.pad_text(causal(LENGTHS_100K), TEXT, [TEXT // 2])),
     ],
-    ids=["causal", "window", "step", "full", "sinks", "teacher", "teacher window", "text"],
+    ids=["causal", "window", "step", "full", "ranks", "sinks", "teacher", "teacher 8", "text"],
 )
 def test_metadata_takes_no_time(limit_ms: float, build) -> None:
     """100k tokens in 64 blocks, from ints to the tables that kernels read, nothing cached."""

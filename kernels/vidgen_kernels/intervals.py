@@ -136,11 +136,13 @@ class IntervalMask:
                 f"rank_k: expected device {q.device} and batch {len(q)} as rank_q has, or batch 1, "
                 f"got device {k.device} and batch {len(k)}"
             )
-        for name, rank in (("rank_q", q), ("rank_k", k)):
-            is_sorted = (rank[:, 1:] >= rank[:, :-1]).all()
-            require(is_sorted, f"{name}: expected sorted ranks, got some in another order")
         if is_self and len(q) == 1 and on_host(q):  # equal ranks are a block
-            return cls.block_causal(q[0].unique_consecutive(return_counts=True)[1])
+            ranks, lengths = q[0].unique_consecutive(return_counts=True)
+            _require_sorted("rank_q", ranks[None])
+            return cls.block_causal(lengths)
+        _require_sorted("rank_q", q)
+        if not is_self:
+            _require_sorted("rank_k", k)
         return sorted_ranks(q, k, text_queries=is_self)
 
     @classmethod
@@ -284,6 +286,11 @@ def check_ranks(name: str, rank: Tensor) -> Tensor:
     return torch.atleast_2d(rank).to(torch.int64)
 
 
+def _require_sorted(name: str, rank: Tensor) -> None:
+    is_sorted = (rank[:, 1:] >= rank[:, :-1]).all()
+    require(is_sorted, f"{name}: expected sorted ranks, got some in another order")
+
+
 def sorted_ranks(rank_q: Tensor, rank_k: Tensor, *, text_queries: bool = False) -> IntervalMask:
     """The staircase of sorted ranks, int64 ``[B or 1, T]``: a query sees keys up to its rank."""
     n_batch, n_queries, n_keys = max(len(rank_q), len(rank_k)), rank_q.shape[1], rank_k.shape[1]
@@ -320,7 +327,9 @@ def _build(
 @functools.lru_cache(maxsize=64)
 def _build_on_host(builder, lengths, rules, device) -> IntervalMask:
     with torch.inference_mode(False):  # what is kept must serve training too
-        edges = (_edges(name, x, torch.device("cpu")) for name, x in lengths)
+        host = torch.device("cpu")
+        tensors = ((name, torch.tensor(x, dtype=torch.int64, device=host)) for name, x in lengths)
+        edges = (_edges(name, x, host) for name, x in tensors)
         mask = builder(*edges, *rules).to(device)
     mask.queries.mark_dynamic()
     mask.keys.mark_dynamic()
