@@ -425,7 +425,7 @@ def _constants(q: Tensor, begin: Tensor) -> dict:
 
 
 def _empty_fwd(q: Tensor) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)  # fp64 for fp64
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 

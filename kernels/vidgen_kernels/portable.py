@@ -45,8 +45,7 @@ def interval_attention_fwd(
     queries in that order, a chunk of which is selected at a time.
     """
     out = torch.empty_like(q) if order is None else empty_selected(q)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(q.shape[:3], dtype=lse_dtype)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     is_empty = (begin >= end).all(dim=0)[:, None]  # [B or 1, 1, Tq]
     for chunk in _chunks(begin, end, q.dtype):
         out_chunk, lse_chunk = _attend(_get(q, chunk.rows, order), k, v, chunk, softmax_scale)
