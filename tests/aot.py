@@ -1,13 +1,12 @@
-"""Compiles every kernel for sm_80 and sm_90 without a GPU, and reads what the compiler made of it.
+"""Compiles the attention kernels for sm_80 and sm_90 without a GPU, and takes them apart.
 
     python tests/aot.py                                                  what is shipped
     python tests/aot.py --kernel fwd --head-dim 64 --arch 80 --config 128,64,4,3 128,32,4,3
     python tests/aot.py --write                                          renew tests/aot_table.md
 
-The real launchers run, on meta tensors and with a driver that only knows its target: kernels get
-the argument types, alignments and constants of a real call. Registers and stack are the cubin's
-own. The *main sweep* is found in its machine code: innermost loops that hold all products of a
-tile come in pairs, with and without masks for the ragged edges; it is the longest of those without.
+`aot_compile` runs the real launchers, here on meta tensors. The *main sweep* is found in machine
+code: innermost loops that hold all products of a tile come in pairs, with and without masks for the
+ragged edges; it is the longest of those without.
 
 A product, `mma`, is 16 x 8 x 16 multiply-adds of one warp, one HMMA.16816: work rather than
 instructions, so that Hopper's wide HGMMA, TF32 and fp64 compare too.
@@ -16,36 +15,26 @@ instructions, so that Hopper's wide HGMMA, TF32 and fp64 compare too.
 import argparse
 import importlib
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from vidgen_kernels.configs import LaunchConfig, lookup
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
+
+from tests import aot_compile  # noqa: E402
+from tests.aot_compile import ARCHS, DTYPES, launches_compile, loops  # noqa: E402
+from vidgen_kernels.configs import LaunchConfig, lookup  # noqa: E402
 
 # The package also has a function of this name.
 attention = importlib.import_module("vidgen_kernels.interval_attention")
 
 TABLE = Path(__file__).with_name("aot_table.md")
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-ARCHS = (80, 90)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may ask for
-DTYPES = {x: getattr(torch, x) for x in ("bfloat16", "float16", "float32", "float64")}
-
 KERNELS = {
     "fwd": attention._interval_attention_fwd_kernel,
     "dq": attention._interval_attention_bwd_dq_kernel,
@@ -116,43 +105,6 @@ class Report:
         return self.instructions / self.mma
 
 
-class Target:
-    """All of a Triton driver that compiling takes; each architecture is a device of its own."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> str:
-        return f"aot sm_{self.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-@contextmanager
-def launches_compile(case: Case) -> Iterator[list]:
-    """Launches of the kernel compile into the list, for its architecture; others do nothing."""
-    compiled = []
-
-    def launch(self: JITFunction, grid):
-        def run(*args, **kwargs):
-            if self is KERNELS[case.kernel]:
-                compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))
-
-        return run
-
-    with (
-        mock.patch.object(driver, "_active", Target(case.arch)),
-        mock.patch.object(JITFunction, "__getitem__", launch),
-        mock.patch.object(attention, "architecture", lambda x: case.arch),
-        mock.patch.object(attention, "lookup", lambda *args: case.launch),
-    ):
-        yield compiled
-
-
 def compile_case(case: Case):
     """The kernel of a call on contiguous tensors."""
     n_batch, n_heads, n_tokens = 2, 30, 5000  # not a multiple of 16, as most token counts
@@ -160,30 +112,15 @@ def compile_case(case: Case):
     x = torch.empty(n_batch, n_heads, n_tokens, case.head_dim, dtype=dtype, device="meta")
     table = torch.empty(case.intervals, 1, n_tokens, dtype=torch.int32, device="meta")
     lse = attention._empty_fwd(x)[1]
-    with launches_compile(case) as compiled:
+    shipped = mock.patch.object(attention, "lookup", lambda *args: case.launch)
+    with shipped, launches_compile(case.arch, KERNELS[case.kernel]) as launches:
         if case.kernel == "fwd":
             attention._launch_fwd(x, x, x, table, table, 0.125)
         else:
             dlse = lse if case.dlse else None
             attention._launch_bwd(x, dlse, x, x, x, x, lse, *(table,) * 4, 0.125)
-    (kernel,) = compiled
-    return kernel
-
-
-def loops(sass: str) -> list[list[str]]:
-    """The opcodes of each innermost loop: from the target of a backward branch to the branch."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)([^;]*);", sass)
-    spans = []
-    for address, opcode, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-        if opcode.startswith("BRA") and target and int(target[1], 16) < int(address, 16):
-            spans.append((int(target[1], 16), int(address, 16)))
-    ops = [(int(address, 16), opcode) for address, opcode, _ in code]
-    return [
-        [opcode for address, opcode in ops if first <= address <= last]
-        for first, last in spans
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
-    ]
+    (launch,) = launches
+    return launch.compiled
 
 
 def mma_work(opcode: str) -> float:
@@ -207,19 +144,10 @@ def main_sweeps(sass: str, mma: float) -> list[list[str]]:
     return whole[: max(1, len(whole) // 2)]  # the other half are their twins with masks
 
 
-def cuobjdump(*args: str) -> str:
-    return subprocess.run([CUOBJDUMP, *args], capture_output=True, text=True, check=True).stdout
-
-
 def inspect(case: Case) -> Report:
     """Compiles a case and takes it apart."""
     kernel = compile_case(case)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        resources = cuobjdump("--dump-resource-usage", cubin.name)
-        sass = cuobjdump("--dump-sass", cubin.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
+    registers, stack, sass = aot_compile.machine_code(kernel)
     launch = case.launch
     block_d = max(16, triton.next_power_of_2(case.head_dim))
     n_passes = 3 if case.dtype == "float32" else 1  # tf32x3
@@ -227,8 +155,8 @@ def inspect(case: Case) -> Report:
     mma = macs / (16 * 8 * 16) / launch.num_warps
     *others, sweep = main_sweeps(sass, mma)
 
-    def count(*opcodes: str, of: list[str] = sweep) -> int:
-        return sum(op.split(".")[0] in opcodes for op in of)
+    def count(*kinds: str, of: list[str] = sweep) -> int:
+        return aot_compile.count(of, *kinds)
 
     return Report(
         tile=f"{launch.block_m} x {launch.block_n}",
@@ -259,46 +187,6 @@ def row(case: Case, report: Report) -> list[str]:
     return [str(case), *cells, f"{report.per_mma:.2f}"]
 
 
-def try_inspect(case: Case) -> Report | str:
-    try:
-        return inspect(case)
-    except Exception as error:  # one bad configuration does not stop a search for good ones
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-
-
-def inspect_all(cases: list[Case], jobs: int) -> Iterable[Report | str]:
-    """In order, by `jobs` processes."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        results = pool.map(try_inspect, cases)
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ImportError:
-            yield from results
-        else:
-            console = Console(stderr=True)
-            yield from track(results, "Compiling", len(cases), console=console, transient=True)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) + " |"
-        for cells in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
-def read_table() -> tuple[str, dict[str, list[str]]]:
-    """The Triton version of the committed table, and its rows by case."""
-    text = TABLE.read_text()
-    version = re.search(r"Triton ([\w.]+)", text)[1]
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line] for line in lines[2:]]
-    return version, {cells[0]: cells for cells in rows}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", choices=KERNELS, nargs="+", default=list(KERNELS))
@@ -326,14 +214,14 @@ def main() -> int:
             for *axis, intervals, config in product(*axes, args.intervals or [1], configs)
         ]
 
-    results = list(zip(chosen, inspect_all(chosen, args.jobs), strict=True))
-    table = markdown([HEADER, *(row(c, r) for c, r in results if isinstance(r, Report))])
+    results = list(zip(chosen, aot_compile.inspect_all(inspect, chosen, args.jobs), strict=True))
+    table = aot_compile.markdown(
+        [HEADER, *(row(c, r) for c, r in results if isinstance(r, Report))]
+    )
     failures = [f"{c} {c.launch}: {r}" for c, r in results if isinstance(r, str)]
     if args.write and not failures:
-        version = f"Compiled by Triton {triton.__version__}"
-        source = "written by `python tests/aot.py --write`, whose `Report` explains the columns"
         title = "What the compiler makes of the kernels"
-        TABLE.write_text(f"# {title}\n\n{version}; {source}.\n\n{table}")
+        aot_compile.write_table(TABLE, title, "aot.py", table)
     sys.stdout.write(table)
     sys.stderr.writelines(f"FAILED {line}\n" for line in failures)
     return bool(failures)

@@ -8,7 +8,7 @@ limits hold.
 import pytest
 import triton
 
-from tests import aot
+from tests import aot, aot_compile
 
 pytestmark = pytest.mark.aot
 
@@ -19,14 +19,14 @@ FORWARD_LIMIT = {64: 5.6, 128: 4.3}
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[str]]:
-    version, rows = aot.read_table()
+    version, rows = aot_compile.read_table(aot.TABLE)
     return rows if version == triton.__version__ else {}
 
 
 @pytest.mark.parametrize("case", aot.cases(), ids=str)
 def test_compiles_well(case: aot.Case, table: dict[str, list[str]]) -> None:
     report = aot.inspect(case)
-    assert report.shared <= aot.SHARED_LIMIT[case.arch]
+    assert report.shared <= aot_compile.SHARED_LIMIT[case.arch]
     # Three TF32 products, or fp64, of 256-wide rows want more registers than any tile leaves them.
     is_wide = case.head_dim > 128 and case.dtype in ("float32", "float64")
     assert report.local == 0 or is_wide, "local memory in a main sweep"
@@ -45,7 +45,7 @@ def test_compiles_well(case: aot.Case, table: dict[str, list[str]]) -> None:
 
 
 def test_table_holds_what_ships() -> None:
-    assert list(aot.read_table()[1]) == [str(case) for case in aot.cases()]
+    assert list(aot_compile.read_table(aot.TABLE)[1]) == [str(case) for case in aot.cases()]
 
 
 SASS = """
@@ -62,7 +62,7 @@ SASS = """
 
 
 def test_finds_the_sweep_without_masks() -> None:
-    assert list(map(len, aot.loops(SASS))) == [2, 3, 3]
+    assert list(map(len, aot_compile.loops(SASS))) == [2, 3, 3]
     assert aot.main_sweeps(SASS, 1) == [["HMMA.16816.F32", "BRA"]]
     with pytest.raises(ValueError, match="no loop holds 2 products"):
         aot.main_sweeps(SASS, 2)

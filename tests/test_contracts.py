@@ -1,4 +1,4 @@
-"""What holds for every operator: registration, compilation, autocast, errors, memory, path."""
+"""What holds for attention: registration, compilation, autocast, errors, memory, path."""
 
 from collections.abc import Callable
 from itertools import product
@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.contracts import Recorder, peak_bytes
 from vidgen_kernels import (
     IntervalMask,
     block_causal_attention,
     interval_attention,
     intervals,
-    portable,
     set_masked_attention,
 )
 from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels.portable import attention as portable
 from vidgen_kernels.testing import random_qkv
 
 LENGTHS = [5, 9, 0, 4]
@@ -55,19 +55,6 @@ every_attention = pytest.mark.parametrize("attend", ATTENTIONS, ids=lambda f: f.
 
 def qkv(n_tokens: int = N, **options) -> tuple[Tensor, Tensor, Tensor]:
     return random_qkv(torch.ones(2, n_tokens, n_tokens, dtype=torch.bool), **options)
-
-
-class Recorder(TorchDispatchMode):
-    """Calls of our operators: name -> operator and arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple] = {}
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "vidgen":
-            self.calls[op.name()] = (op, args, kwargs or {})
-        return op(*args, **(kwargs or {}))
 
 
 @every_attention
@@ -227,19 +214,6 @@ def test_bad_masks(call: Callable, words: str) -> None:
     with Recorder() as recorder, pytest.raises(ValueError, match=words):
         call(*qkv())
     assert not recorder.calls
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most memory held at any moment beyond what was held before."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.portable_only  # the interpreter's own arrays are not PyTorch's

@@ -82,6 +82,7 @@ def test_pack_and_padded_text() -> None:
     dense = [reference.block_causal_mask(x, None, w) for x, w in parts]
     packed, dense_packed = IntervalMask.pack(masks), reference.pack_masks(dense)
     check(packed, dense_packed)
+    assert packed.parts == tuple(masks) and masks[0].parts == ()
 
     valid = [0, 3, 5]
     padded = IntervalMask.pad_text(masks[0], 5, valid)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from vidgen.shapes import SETS
+from bench.suites import SUITES
 from vidgen_kernels import block_causal_attention
 
 pytestmark = pytest.mark.portable_only
@@ -97,14 +97,19 @@ def run(*args: str, **environment: str) -> str:
     ).stdout
 
 
-def test_run_writes_a_table_and_a_trace(tmp_path: Path) -> None:
-    arguments = ["--shape=toy_cache", "--dtype=fp32", f"--output={tmp_path}"]
+@pytest.mark.parametrize(
+    ("suite", "shape", "op"),
+    [("attention", "toy_cache", "interval_attention"), ("memory", "mix_n4-toy", "residual_norm")],
+)
+def test_run_writes_a_table_and_a_trace(tmp_path: Path, suite: str, shape: str, op: str) -> None:
+    arguments = [f"--op={suite}", f"--shape={shape}", "--dtype=fp32", f"--output={tmp_path}"]
     table = run(sys.executable, str(PROFILING / "run.py"), *arguments)
-    stem = "attention-toy_cache-ours-fp32-fwd_bwd"
+    stem = f"{suite}-{shape}-ours-fp32-fwd_bwd"
     assert (tmp_path / f"{stem}.txt").read_text() in table
     with gzip.open(tmp_path / f"{stem}.json.gz") as file:
         events = json.load(file)["traceEvents"]
-    assert {e["name"] for e in events if e.get("cat") == "user_annotation"} >= OPS
+    names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
+    assert names >= {f"{op}_fwd", f"{op}_bwd"}
 
 
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
@@ -125,7 +130,7 @@ def test_scripts_say_what_they_run(tool: str) -> None:
 
 
 def test_documents_name_shapes_that_exist() -> None:
-    known = {shape.name for shapes in SETS.values() for shape in shapes}
+    known = {name for suite in SUITES.values() for name in suite.names}
     documents = [p for p in PROFILING.parent.glob("*/*.md") if "results" not in p.parts]
-    named = {m for p in documents for m in re.findall(r"--shape (\w[\w.]*)", p.read_text())}
+    named = {m for p in documents for m in re.findall(r"--shape (\w[\w.-]*)", p.read_text())}
     assert named and named <= known

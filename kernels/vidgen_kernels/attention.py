@@ -1,13 +1,12 @@
 """The front doors for video models: frames that see the past, sets that see earlier sets."""
 
-import torch
 from torch import Tensor
 
-from . import portable
-from ._triton import is_interpreted
 from .front_door import prepare, resolve_scale
 from .interval_attention import backward_op, forward_op, interval_attention, register_autograd
 from .intervals import BlockLengths, IntervalMask, check_ranks, sorted_ranks
+from .portable import attention as portable
+from .registration import define_op
 from .tokens import select_tokens
 
 
@@ -41,40 +40,25 @@ def _set_backward(
     return dq, dk, select_tokens(dv, back_k)
 
 
-_set_forward_op = torch.library.custom_op(
-    "vidgen::set_masked_attention_fwd", _set_forward, mutates_args=()
-)
-_set_backward_op = torch.library.custom_op(
-    "vidgen::set_masked_attention_bwd", _set_backward, mutates_args=()
-)
-
-
-@_set_forward_op.register_kernel("cpu")
-def _(q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale):
-    if is_interpreted():
-        return _set_forward(
-            q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale
-        )
-    return portable.set_attention_fwd(q, k, v, order_q, order_k, q_begin, q_end, softmax_scale)
-
-
-@_set_backward_op.register_kernel("cpu")
-def _(
-    do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale
-):  # fmt: skip
-    if is_interpreted():
-        return _set_backward(
-            do, dlse, q, k, v, out, lse,
-            order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale,
-        )  # fmt: skip
-    return portable.set_attention_bwd(
-        do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, softmax_scale
-    )
-
-
 # The bodies are their own fakes: all they call has one.
-_set_forward_op.register_fake(_set_forward)
-_set_backward_op.register_fake(_set_backward)
+_set_forward_op = define_op(
+    "set_masked_attention_fwd",
+    _set_forward,
+    lambda q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale: (
+        portable.set_attention_fwd(q, k, v, order_q, order_k, q_begin, q_end, softmax_scale)
+    ),
+    _set_forward,
+)
+_set_backward_op = define_op(
+    "set_masked_attention_bwd",
+    _set_backward,
+    lambda do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, k_begin, k_end, scale: (
+        portable.set_attention_bwd(
+            do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, scale
+        )
+    ),
+    _set_backward,
+)
 register_autograd(_set_forward_op, _set_backward_op)
 
 

@@ -1,4 +1,6 @@
-"""What every attention function does with its arguments before an operator sees them."""
+"""What public functions do with their arguments before an operator sees them."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,14 +16,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected shape [B, H, T, D], got {list(x.shape)}")
-        if x.device.type not in DEVICES or x.device != q.device:
-            wanted = f"{q.device} as q has" if name != "q" else " or ".join(DEVICES)
-            raise ValueError(f"{name}: expected device {wanted}, got {x.device}")
-        if x.dtype not in DTYPES:
-            wanted = ", ".join(map(str, DTYPES))
-            raise ValueError(f"{name}: expected dtype one of {wanted}, got {x.dtype}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}")
+        check_tensor(name, x, None if name == "q" else ("q", q))
+        check_last_dim(name, x)
     n_batch, n_heads, _, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
@@ -33,12 +29,55 @@ def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if n_heads == 0 or k.shape[1] == 0 or n_heads % k.shape[1]:
         actual = f"{n_heads} and {k.shape[1]}"
         raise ValueError(f"k: expected q's heads to be a multiple of k's, at least 1, got {actual}")
-    _refuse_tangents(q, k, v)
+    refuse_tangents(q, k, v)
     q, k, v = _autocast(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected dtype {q.dtype} as q has, got {x.dtype}")
     return q, k, v
+
+
+def check_tensor(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    """ValueError unless ``x`` is floating point, on a device that operators run on.
+
+    Args:
+        like: name and value of the argument whose device ``x`` must share.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.device.type not in DEVICES or (like and x.device != like[1].device):
+        wanted = f"{like[1].device} as {like[0]} has" if like else " or ".join(DEVICES)
+        raise ValueError(f"{name}: expected device {wanted}, got {x.device}")
+    if x.dtype not in DTYPES:
+        wanted = ", ".join(map(str, DTYPES))
+        raise ValueError(f"{name}: expected dtype one of {wanted}, got {x.dtype}")
+
+
+def check_video(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    """`check_tensor`, and five dims."""
+    check_tensor(name, x, like)
+    if x.ndim != 5:
+        raise ValueError(f"{name}: expected shape [B, C, T, H, W], got {list(x.shape)}")
+
+
+def check_number(name: str, x: float, low: float = -math.inf, high: float = math.inf) -> None:
+    """ValueError unless ``x`` is a finite number from ``low`` to ``high``."""
+    if isinstance(x, Tensor) or not (low <= x <= high and abs(x) < math.inf):
+        got = "a tensor" if isinstance(x, Tensor) else x
+        raise ValueError(f"{name}: expected a finite number from {low} to {high}, got {got}")
+
+
+def check_last_dim(name: str, x: Tensor) -> None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast asks an operator on ``x`` for: that of ``x`` outside of it."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
@@ -48,16 +87,12 @@ def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(autocast_dtype(x)) for x in tensors)
 
 
-def _refuse_tangents(*tensors: Tensor) -> None:
+def refuse_tangents(*tensors: Tensor | None) -> None:
     """An operator without a forward-mode formula would drop tangents in silence."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("vidgen attention has no forward-mode derivative")
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("vidgen operators have no forward-mode derivative")

@@ -25,21 +25,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import CustomOpDef
 
-from . import portable
 from ._triton import (
     LN2,
     LOG2E,
     accumulator_dtype,
     architecture,
     dot_precision,
-    is_interpreted,
     scalar,
 )
 from .configs import lookup
 from .front_door import prepare, resolve_scale
 from .intervals import IntervalMask
+from .portable import attention as portable
+from .registration import Op, define_op, refuse_double_backward
 
 # Compiled once for all sizes: a KV cache grows with every step.
 SIZES = ("n_heads", "n_kv_heads", "n_queries", "n_keys")
@@ -433,61 +432,33 @@ def _empty_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-@torch.library.custom_op("vidgen::interval_attention_fwd", mutates_args=(), device_types="cuda")
-def forward_op(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _require_compiled()
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return _launch_fwd(q, k, v, q_begin, q_end, softmax_scale)
+    """The keys' tables are for the backward alone."""
+    return _launch_fwd(q, k, v, q_begin, q_end, softmax_scale)
 
 
-@forward_op.register_kernel("cpu")
-def _(q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale):
-    forward = _launch_fwd if is_interpreted() else portable.interval_attention_fwd
-    return forward(q, k, v, q_begin, q_end, softmax_scale)
+forward_op = define_op(
+    "interval_attention_fwd",
+    _forward,
+    lambda q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale: portable.interval_attention_fwd(
+        q, k, v, q_begin, q_end, softmax_scale
+    ),
+    lambda q, *_: _empty_fwd(q),
+)
+backward_op = define_op(
+    "interval_attention_bwd",
+    _launch_bwd,
+    lambda do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale: (
+        portable.interval_attention_bwd(do, dlse, q, k, v, out, lse, q_begin, q_end, softmax_scale)
+    ),
+    lambda do, dlse, q, k, v, *_: _empty_bwd(q, k, v),
+)
 
 
-@forward_op.register_fake
-def _(q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale):
-    return _empty_fwd(q)
-
-
-@torch.library.custom_op("vidgen::interval_attention_bwd", mutates_args=(), device_types="cuda")
-def backward_op(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _require_compiled()
-    with torch.cuda.device_of(q):
-        return _launch_bwd(
-            do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
-        )
-
-
-@backward_op.register_kernel("cpu")
-def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale):
-    if is_interpreted():
-        return _launch_bwd(
-            do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
-        )
-    return portable.interval_attention_bwd(
-        do, dlse, q, k, v, out, lse, q_begin, q_end, softmax_scale
-    )
-
-
-@backward_op.register_fake
-def _(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale):
-    return _empty_bwd(q, k, v)
-
-
-def _require_compiled() -> None:
-    if is_interpreted():
-        raise RuntimeError("TRITON_INTERPRET=1 is for CPU tensors: unset it for CUDA tensors")
-
-
-def register_autograd(forward_op: CustomOpDef, backward_op: CustomOpDef) -> None:
+def register_autograd(forward_op: Op, backward_op: Op) -> None:
     """For ``forward_op(q, k, v, *tables, softmax_scale)`` and
     ``backward_op(do, dlse, q, k, v, out, lse, *tables, softmax_scale)``."""
 
@@ -502,11 +473,8 @@ def register_autograd(forward_op: CustomOpDef, backward_op: CustomOpDef) -> None
         grads = backward_op(do, dlse, q, k, v, out, lse, *tables, ctx.softmax_scale)
         return *grads, *[None] * (len(tables) + 1)
 
-    def no_double_backward(ctx, *grads):
-        raise NotImplementedError(f"{backward_op._qualname} has no double backward")
-
     forward_op.register_autograd(backward, setup_context=setup_context)
-    backward_op.register_autograd(no_double_backward)
+    refuse_double_backward(backward_op)
 
 
 register_autograd(forward_op, backward_op)

@@ -47,6 +47,7 @@ class IntervalMask:
     n_queries: int | None  # None where the lengths are a tensor that is not read back
     n_keys: int | None
     text_queries: bool  # the first query tokens are the first key tokens
+    parts: tuple[IntervalMask, ...] = ()  # what `pack` put together, for who runs them one by one
     _per_token: dict[tuple[int, int], TokenIntervals] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -169,6 +170,7 @@ class IntervalMask:
             _sum([m.n_queries for m in masks]),
             _sum([m.n_keys for m in masks]),
             masks[0].text_queries,
+            tuple(masks),
         )
 
     @classmethod
@@ -228,7 +230,8 @@ class IntervalMask:
         if device == self.device:
             return self
         queries, keys = self.queries.to(device), self.keys.to(device)
-        return IntervalMask(queries, keys, self.n_queries, self.n_keys, self.text_queries)
+        parts = tuple(part.to(device) for part in self.parts)
+        return IntervalMask(queries, keys, self.n_queries, self.n_keys, self.text_queries, parts)
 
     def intervals(self, n_queries: int, n_keys: int) -> TokenIntervals:
         """The per-token form, kept for the next call.

@@ -4,9 +4,11 @@ Masks are bool ``[B or 1, Tq, Tk]``, True where the query sees the key.
 Legend: B batch, H heads, Tq queries, Tk keys, D head dim, N blocks.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -125,6 +127,307 @@ def attention_gradients(
     dk, dv = scale * (ds.mT @ q), p.to(q.dtype).mT @ do
     dk, dv = (x.unflatten(1, (n_kv_heads, group)).sum(dim=2) for x in (dk, dv))
     return scale * (ds @ k), dk, dv
+
+
+def qk_norm_rope(
+    stream,  # QKVStream
+    positions: Tensor | None = None,  # [T_video, A] or [B, T_video, A]
+    axes: Sequence[int] = (),
+    *,
+    n_heads: int,
+    text=None,
+    text_length: int = 0,
+    norm: str | None = "rms",
+    eps: float = 1e-6,
+    theta: float = 10000.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm per head, then rotation of column pairs; text rows first, not rotated; [B, H, T, D]."""
+    parts = []
+    for s in (stream,) if text is None else (text, stream):
+        fused = isinstance(s.projections, Tensor)
+        qkv = s.projections.chunk(3, dim=-1) if fused else s.projections
+        q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in qkv)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q = _normed(q.to(wide), s.q_weight, s.q_bias, norm, eps)
+        k = _normed(k.to(wide), s.k_weight, s.k_bias, norm, eps)
+        parts.append((q, k, v))
+    q, k, v = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    if positions is not None:
+        n_text = q.shape[2] - positions.shape[-2]
+        q, k = (_rotated(x, positions, axes, theta, n_text) for x in (q, k))
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+def post_norm_residual(
+    x: Tensor,  # [B, T, D] or [T, D]
+    f: Tensor,
+    *,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-5,
+) -> Tensor:
+    """``x + gate * (norm(f) * weight + bias)``, in fp32 or wider, rounded to the dtype of x."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
+    n = _normed(f.to(wide), weight, bias, norm, eps)
+    if gate is not None:
+        n = n * (gate[:, None] if x.ndim == 3 and gate.ndim == 2 else gate).to(wide)
+    return (x + n).to(x.dtype)
+
+
+def _normed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, eps: float
+) -> Tensor:
+    """Over the last dim, in the dtype of ``x``."""
+    if norm is None:
+        return x
+    x = x - x.mean(dim=-1, keepdim=True) if norm == "layer" else x
+    x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+    x = x if weight is None else x * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)
+
+
+def _rotated(
+    x: Tensor, positions: Tensor, axes: Sequence[int], theta: float, n_text: int
+) -> Tensor:
+    """``(a, b) -> (a cos - b sin, a sin + b cos)`` of columns 2i and 2i + 1, but for text rows."""
+    angles = torch.cat(
+        [
+            positions[..., i, None].double() * theta ** (-torch.arange(0, d, 2).double() / d)
+            for i, d in enumerate(axes)
+        ],
+        dim=-1,
+    )
+    if angles.ndim == 3:
+        angles = angles[:, None]  # the same for all heads
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[:, :, n_text:, ::2], x[:, :, n_text:, 1::2]
+    video = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.cat([x[:, :, :n_text], video], dim=2)
+
+
+def euler_step(
+    x: Tensor,
+    velocity: Tensor,
+    step: float,
+    *,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """``x + step * v``; x' is rounded to the dtype of x."""
+    return (_wide(x) + step * _guided(velocity, uncond, guidance)).to(x.dtype)
+
+
+def ddim_step(
+    x: Tensor,
+    velocity: Tensor,
+    sqrt_alpha: float,
+    sqrt_alpha_next: float,
+    *,
+    denoiser_sqrt_alpha: float | None = None,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """``k x + (A+ - k A) x0``."""
+    v = _guided(velocity, uncond, guidance)
+    x0 = _clean(x, v, sqrt_alpha if denoiser_sqrt_alpha is None else denoiser_sqrt_alpha)
+    k = math.sqrt((1 - sqrt_alpha_next**2) / (1 - sqrt_alpha**2))
+    return (k * _wide(x) + (sqrt_alpha_next - k * sqrt_alpha) * x0).to(x.dtype)
+
+
+def dpm_step(
+    x: Tensor,
+    velocity: Tensor,
+    sqrt_alpha: float,
+    sqrt_alpha_next: float,
+    *,
+    noise: Tensor | None = None,
+    previous: Tensor | None = None,
+    sqrt_alpha_previous: float | None = None,
+    denoiser_sqrt_alpha: float | None = None,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``c1 x + c2 [x0 + (x0 - previous) / (2 r)] + c3 noise`` and ``x0``; the last step is x0."""
+    v = _guided(velocity, uncond, guidance)
+    x0 = _clean(x, v, sqrt_alpha if denoiser_sqrt_alpha is None else denoiser_sqrt_alpha)
+    if noise is None or sqrt_alpha_next == 1:
+        return x0.to(x.dtype), x0
+    lam = [
+        -math.inf if not a else math.log(a / math.sqrt(1 - a**2))
+        for a in (sqrt_alpha_previous, sqrt_alpha, sqrt_alpha_next)
+    ]
+    h = lam[2] - lam[1]
+    estimate = x0
+    if previous is not None and lam[0] > -math.inf:
+        estimate = x0 + (x0 - previous) * h / (2 * (lam[1] - lam[0]))
+    c1 = math.sqrt((1 - sqrt_alpha_next**2) / (1 - sqrt_alpha**2)) * math.exp(-h)
+    c2 = -math.expm1(-2 * h) * sqrt_alpha_next
+    c3 = math.sqrt(1 - sqrt_alpha_next**2) * math.sqrt(-math.expm1(-2 * h))
+    return (c1 * _wide(x) + c2 * estimate + c3 * noise).to(x.dtype), x0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _guided(velocity: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+    if uncond is None:
+        return _wide(velocity)
+    return _wide(uncond) + guidance * (_wide(velocity) - _wide(uncond))
+
+
+def _clean(x: Tensor, v: Tensor, sqrt_alpha: float) -> Tensor:
+    """The clean prediction of a v-prediction."""
+    return sqrt_alpha * _wide(x) - math.sqrt(1 - sqrt_alpha**2) * v
+
+
+def downsample(x: Tensor, *, noise: bool = False) -> Tensor:
+    """Bilinear, without antialiasing, to half the resolution; times 2 for noise."""
+    size = (x.shape[3] // 2, x.shape[4] // 2)
+    y = F.interpolate(x.flatten(0, 2)[:, None], size, mode="bilinear", align_corners=False)
+    return y.reshape(*x.shape[:3], *size) * (2 if noise else 1)
+
+
+def upsample_renoise(
+    x: Tensor,
+    alpha: float,
+    beta: float,
+    *,
+    gamma: float = 1 / 3,
+    noise: Tensor | None = None,
+    block_noise: Tensor | None = None,
+) -> Tensor:
+    """``alpha nearest2(x) + beta eta``; eta from white noise has covariance -gamma in a block."""
+    if noise is not None:
+        mean = _repeated(_mean4(noise))
+        zero_sum = noise - mean
+        block_noise = math.sqrt(1 + gamma) * zero_sum + math.sqrt(max(1 - 3 * gamma, 0)) * mean
+    assert block_noise is not None
+    return (alpha * _repeated(x) + beta * block_noise).to(x.dtype)
+
+
+def training_pair(
+    clean: Tensor,
+    noise: Tensor,
+    start_sigma: float,
+    end_sigma: float,
+    sigma: Tensor | float,  # [B]
+    *,
+    return_endpoints: bool = False,
+) -> tuple[Tensor, ...]:
+    """input, target and, on request, start and end of one stage."""
+    start = start_sigma * noise
+    if start_sigma != 1:
+        start = start + (1 - start_sigma) * _repeated(_mean4(clean))
+    end = end_sigma * noise + (1 - end_sigma) * clean
+    r = sigma.to(clean.dtype)[:, None, None, None, None] if isinstance(sigma, Tensor) else sigma
+    pair = r * start + (1 - r) * end, start - end
+    return tuple(x.to(clean.dtype) for x in ((*pair, start, end) if return_endpoints else pair))
+
+
+def _mean4(x: Tensor) -> Tensor:
+    """Means of the 2 x 2 blocks of the last two dims."""
+    return x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).mean(dim=(-3, -1))
+
+
+def _repeated(x: Tensor) -> Tensor:
+    """Each value over a 2 x 2 block."""
+    return x.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+
+
+def residual_norm(
+    x: Tensor,  # [B, T, D]
+    f: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    text: tuple[Tensor | None, ...] | None = None,  # gate, scale, shift of the text tokens
+    text_length: int = 0,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``h = x + gate * f`` and ``a = norm(h) * weight + bias``, then ``* (1 + scale) + shift``."""
+    gate, scale, shift = (
+        _of_every_token(v, of_text, x, text_length)
+        for v, of_text in zip((gate, scale, shift), text or (None,) * 3, strict=True)
+    )
+    gated = f if f is None or gate is None else gate * f
+    h = x if gated is None else (x + gated).to(x.dtype)
+    wide = h.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "layer":
+        a = F.layer_norm(wide, wide.shape[-1:], eps=eps)
+    else:
+        a = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    a = a if weight is None else a * weight
+    a = a if bias is None else a + bias
+    a = a if scale is None else a * (1 + scale)
+    a = a if shift is None else a + shift
+    return h, a.to(x.dtype)
+
+
+def mix(
+    y: Tensor,  # [B, T, D]
+    total: Tensor | None,
+    gate: Tensor,
+    n: int,
+    *,
+    older: Sequence[Tensor] = (),
+    keep_sum: bool = True,
+    sum_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """``total += y``, ``h = gate * total / n + (1 - gate) * y``; without total, older is summed."""
+    if n == 1:
+        return y, y if keep_sum else None
+    total = sum(older[1:], start=older[0]) if total is None else total
+    total = total.to(torch.promote_types(sum_dtype, y.dtype)) + y
+    h = (gate * total / n + (1 - gate) * y).to(y.dtype)
+    return h, total if keep_sum else None
+
+
+def segment(
+    x: Tensor,
+    f: Tensor | None,
+    total: Tensor | None,
+    cache_gate: Tensor,
+    n: int,
+    *,
+    older: Sequence[Tensor] = (),
+    keep_sum: bool = True,
+    sum_dtype: torch.dtype = torch.float32,
+    gate: Tensor | None = None,
+    text: tuple[Tensor | None, ...] | None = None,
+    text_length: int = 0,
+    **norm,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """h, a, total, y: the gated residual, `mix` of y, and the norm and modulation of its h."""
+    of_gate = None if text is None else (text[0], None, None)
+    y, _ = residual_norm(x, f, gate=gate, text=of_gate, text_length=text_length)
+    sums = {"older": older, "keep_sum": keep_sum, "sum_dtype": sum_dtype}
+    h, total = mix(y, total, cache_gate, n, **sums)
+    of_norm = None if text is None else (None, *text[1:])
+    _, a = residual_norm(h, text=of_norm, text_length=text_length, **norm)
+    return h, a, total, y
+
+
+def _of_every_token(
+    vector: Tensor | None, of_text: Tensor | None, x: Tensor, text_length: int
+) -> Tensor | None:
+    """[B, T, D] of vectors [D], [B, D], [B, 1, D] or per token."""
+    if vector is None:
+        return None
+    parts = [
+        (vector, x.shape[1] - text_length),
+        *([] if of_text is None else [(of_text, text_length)]),
+    ]
+    rows = [
+        (v[:, None] if v.ndim == 2 else v).expand(len(x), n_tokens, -1) for v, n_tokens in parts
+    ]
+    return torch.cat(rows[::-1], dim=1)
 
 
 def _scores(q: Tensor, k: Tensor, softmax_scale: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random masks and tensors, and the one rule by which results are compared.
+"""Random masks and tensors, and the one rule by which results are compared with definitions.
 
 A mask is first a *recipe*: a constructor and its arguments, nested. `build_mask` makes the
 `IntervalMask` of it, `dense_mask` what `reference` says it means.
@@ -184,6 +184,53 @@ def check_attention(
     names = "out", "lse", "dq", "dk", "dv"
     for name, x, exact, *same_dtype in zip(names, actual, expected, *pytorch, strict=True):
         assert_close(name, x, exact, *same_dtype)
+
+
+def check_op(call: Callable[..., Any], define: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    """Asserts that ``call(**inputs)`` is ``define(**inputs)`` in fp64, gradients included.
+
+    Both return a tensor or a tuple of tensors (None where there is nothing). Gradients are those of
+    all outputs together, with respect to every input tensor, also in tuples and lists, that
+    requires grad.
+    """
+    expected = _with_gradients(define, inputs, torch.float64)
+    same_dtype = _with_gradients(define, inputs, None)
+    actual = _with_gradients(call, inputs, None)
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        plain = same_dtype[name].to(x.dtype)  # eager code may promote where an operator rounds
+        assert_close(name, x, expected[name], plain)
+
+
+def _with_gradients(
+    call: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    leaves = {}
+
+    def leaf(name: str, x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            items = [leaf(f"{name}[{i}]", item) for i, item in enumerate(x)]
+            return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        copy = x.detach().to(dtype or x.dtype).requires_grad_(x.requires_grad)
+        if x.requires_grad:
+            leaves[name] = copy
+        return copy
+
+    outputs = call(**{name: leaf(name, x) for name, x in inputs.items()})
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    found = {f"output {i}": x for i, x in enumerate(outputs) if x is not None}
+    rng = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in found.values()]
+    used = [(x, g.to(x)) for x, g in zip(found.values(), upstream, strict=True) if x.requires_grad]
+    if leaves and used:
+        differentiated, gradients = zip(*used, strict=True)
+        grads = torch.autograd.grad(
+            differentiated, list(leaves.values()), gradients, materialize_grads=True
+        )
+        found |= {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True)}
+    return {name: x.detach() for name, x in found.items()}
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, *same_dtype: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tokens import empty_selected, put_tokens, select_tokens
+from ..tokens import empty_selected, put_tokens, select_tokens
 
 MIN_ROWS = 256
 

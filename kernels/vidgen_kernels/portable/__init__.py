@@ -1,0 +1,1 @@
+"""The CPU implementations, registered for the same operators as the kernels."""

@@ -1,0 +1,135 @@
+"""`post_norm_residual` on a CPU, on chunks of rows that stay cached.
+
+A gate that the rows of a batch row share folds into weight and bias, which PyTorch's LayerNorm
+takes as its own. Its backward gives the sums over columns as well.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .norms import (
+    fill_stats,
+    layer_norm_backward,
+    normalize,
+    normalize_again,
+    rms_norm_backward,
+)
+
+CHUNK_ELEMENTS = 2**19  # two passes alone: calls cost more than a larger cache saves
+
+
+def empty_fwd(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """out, and the mean and rstd [2, B, T] of the rows of f."""
+    return x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=_accumulator(x, f))
+
+
+def empty_bwd(
+    do, f, stats, gate, weight, bias, norm, need_f, need_gate, need_sums
+) -> tuple[Tensor, Tensor, Tensor]:
+    """df, dgate and the sums [B, 2, D]; an empty vector for what is not needed."""
+    return (
+        f.new_empty(f.shape if need_f else 0),
+        f.new_empty(f.shape if need_gate else 0, dtype=f.dtype if gate is None else gate.dtype),
+        f.new_empty((len(f), 2, f.shape[2]) if need_sums else 0, dtype=_accumulator(do, f)),
+    )
+
+
+def _accumulator(x: Tensor, f: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
+
+
+def is_per_token(gate: Tensor | None) -> bool:
+    return gate is not None and gate.shape[1] != 1
+
+
+def post_norm_residual_fwd(
+    x: Tensor,
+    f: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    out, stats = empty_fwd(x, f)
+    acc = stats.dtype
+    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
+    for batch, rows in _chunks(f):
+        weight_, bias_, gate_ = weight, bias, None
+        if gate is not None and is_per_token(gate):
+            gate_ = gate[batch, rows]
+        elif gate is not None:
+            shared = gate[batch, 0].to(acc)
+            weight_ = shared if weight is None else weight * shared
+            bias_ = None if bias is None else bias * shared
+        f_ = f[batch, rows]
+        # PyTorch's LayerNorm converts low precision as it reads, and rounds once more; a weight in
+        # fp32 keeps the statistics there
+        is_plain = norm == "layer" and gate_ is None and f.dtype == x.dtype
+        if is_plain and weight_ is None:
+            weight_ = f.new_ones(f.shape[2], dtype=acc)
+        f_ = f_ if is_plain else f_.to(acc)
+        n, mean, rstd = normalize(f_, weight_, bias_, norm == "rms", eps)
+        fill_stats(stats[:, batch, rows], mean, rstd, norm == "rms")
+        x_, out_ = x[batch, rows], out[batch, rows]
+        if gate_ is None:
+            torch.add(x_, n, out=out_) if x.dtype == n.dtype else out_.copy_(n.add_(x_))
+        elif x.dtype == gate_.dtype == acc:
+            torch.addcmul(x_, n, gate_, out=out_)
+        else:
+            out_.copy_(n.mul_(gate_).add_(x_))
+    return out, stats
+
+
+def post_norm_residual_bwd(
+    do: Tensor,
+    f: Tensor,
+    stats: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    need_f: bool,
+    need_gate: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = empty_bwd(do, f, stats, gate, weight, bias, norm, need_f, need_gate, need_sums)
+    needs = need_f, need_gate, need_sums
+    df, dgate, sums = (x if need else None for x, need in zip(results, needs, strict=True))
+    acc = stats.dtype
+    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
+    if sums is not None:
+        sums.zero_()
+    if gate is None and norm == "layer" and do.dtype == f.dtype == acc and len(f):
+        sums_ = None if sums is None else sums[0]
+        df = layer_norm_backward(do, f, *stats[..., None], weight, sums_)
+        return df, results[1], results[2]
+    for batch, rows in _chunks(f):
+        mean, rstd = stats[:, batch, rows, None]
+        f_, dn, factor = f[batch, rows], do[batch, rows], weight
+        if norm == "rms" or is_per_token(gate):
+            f_, dn = f_.to(acc), dn.to(acc)
+        if gate is not None and is_per_token(gate):
+            if dgate is not None:
+                n = normalize_again(f_, mean, rstd, weight, bias)
+                torch.mul(n, dn, out=dgate[batch, rows])
+            dn = dn * gate[batch, rows]
+        elif gate is not None:
+            shared = gate[batch, 0].to(acc)
+            factor = shared if weight is None else weight * shared
+        sums_ = None if sums is None else sums[batch]
+        backward = rms_norm_backward if norm == "rms" else layer_norm_backward
+        df_ = backward(dn, f_, mean, rstd, factor, sums_)
+        if df is not None:
+            df[batch, rows] = df_
+    return results
+
+
+def _chunks(x: Tensor) -> Iterator[tuple[int, slice]]:
+    n_batch, n_tokens, n_cols = x.shape
+    step = max(1, CHUNK_ELEMENTS // n_cols)
+    for batch in range(n_batch):
+        for start in range(0, n_tokens, step):
+            yield batch, slice(start, min(start + step, n_tokens))
