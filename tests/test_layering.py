@@ -9,13 +9,14 @@ import pytest
 pytestmark = pytest.mark.portable_only
 
 ROOT = Path(__file__).parents[1]
-KERNELS = sorted((ROOT / "kernels/vidgen_kernels").glob("*.py"))
-INTEGRATIONS = sorted((ROOT / "kernels/vidgen_kernels/integrations").glob("*.py"))
+PACKAGE = ROOT / "kernels/vidgen_kernels"
+KERNELS = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("portable/*.py")])
+INTEGRATIONS = sorted(PACKAGE.glob("integrations/*.py"))
 VIDGEN = sorted((ROOT / "vidgen").rglob("*.py"))
 
 FOLDERS = {"kernels", "vidgen", "bench", "tests", "profiling"}
 TORCH_ONLY = {"front_door", "intervals", "portable", "reference", "runs", "tokens"}
-KERNEL_USERS = {"vidgen/ops.py", "vidgen/verify.py", "vidgen/cli.py"}
+KERNEL_USERS = {"vidgen/ops.py", "vidgen/eager.py", "vidgen/verify.py", "vidgen/cli.py"}
 MODELS = {"nova", "pyramid_flow", "repvideo"}
 
 
@@ -55,7 +56,9 @@ def test_kernels_need_torch_and_triton_only(path: Path) -> None:
     assert not (needs & {"vidgen", "kernels"} if path in INTEGRATIONS else needs)
 
 
-@pytest.mark.parametrize("path", [p for p in KERNELS if p.stem in TORCH_ONLY], ids=relative)
+@pytest.mark.parametrize(
+    "path", [p for p in KERNELS if {p.stem, p.parent.name} & TORCH_ONLY], ids=relative
+)
 def test_meaning_does_not_depend_on_triton(path: Path) -> None:
     assert "triton" not in packages(path)
     assert modules(path, "vidgen_kernels") <= TORCH_ONLY

@@ -93,6 +93,42 @@ def test_outputs_that_nothing_computes_fail(folder: Path, capsys) -> None:
     assert status == 1 and "surprise" in lines[0]
 
 
+PYRAMID = CASES.parent / "pyramid_flow"
+
+
+@pytest.mark.portable_only  # the model passes of the interpreter take long
+def test_padding_is_not_compared(tmp_path: Path, capsys) -> None:
+    """Whatever a case holds for padded text rows; any other row counts."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(PYRAMID / "flux_forward.safetensors")
+    shutil.copy(PYRAMID / "flux_forward.json", tmp_path / "0.json")
+    n_text = int(tensors["in.text_mask"][0].sum())
+    for row, expected in ((n_text, "PASS"), (n_text - 1, "FAIL")):
+        tensors["out.u4_s2.block0.text"][:, row] = 99.0
+        save_file(tensors, tmp_path / "0.safetensors")
+        _, lines = run(capsys, "--golden", str(tmp_path))
+        assert lines[0].startswith(expected)
+        assert expected == "PASS" or lines[0].endswith("worst of u4_s2.block0.text")
+
+
+@pytest.mark.parametrize("change", ["none", "number", "missing", "more"])
+def test_tables_are_compared_as_a_whole(tmp_path: Path, change: str, capsys) -> None:
+    case = json.loads((PYRAMID / "history_layout.json").read_text())
+    clips = case["tables"][0]["units"][3]["history_per_stage"]["2"]
+    if change == "number":
+        clips[1]["res"] = 0
+    elif change == "missing":
+        clips.append({"res": 2, "frames": [3]})
+    elif change == "more":
+        clips.pop()
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    status, lines = run(capsys, "--golden", str(tmp_path))
+    assert lines[0].startswith("PASS" if change == "none" else "FAIL") and status == (
+        change != "none"
+    )
+
+
 def test_unknown_kinds_are_skipped_with_a_reason(folder: Path, capsys) -> None:
     path = folder / "0.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "time_travel"}))

@@ -27,7 +27,7 @@ EXTRAS = {
     "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib"),
     "models": ("diffusers", "transformers", "safetensors", "av"),
     "profiling": ("nvtx",),
-    "peers": ("flash_attn", "xformers"),
+    "peers": ("flash_attn", "liger_kernel", "xformers"),
 }
 
 # A finished test in pytest's verbose output: its parameters and how far the run is.
@@ -222,7 +222,7 @@ def run_info(args: argparse.Namespace) -> int:
         return 0
     print("benchmark providers", flush=True)
     return subprocess.run(
-        [sys.executable, str(BENCH / "providers.py")], env=_source_environment(), check=False
+        [sys.executable, str(BENCH / "suites.py")], env=_source_environment(), check=False
     ).returncode
 
 

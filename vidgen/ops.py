@@ -7,11 +7,20 @@ Neither holds parameters, so state dicts do not depend on the choice.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+import vidgen_kernels as fused
+from vidgen import eager
+from vidgen_kernels import IntervalMask, Modulation, QKVStream, TrainingPair, renoise_coefficients
 
-from vidgen_kernels import IntervalMask, interval_attention, set_masked_attention
+__all__ = [
+    "EAGER",
+    "FUSED",
+    "IntervalMask",
+    "Modulation",
+    "Ops",
+    "QKVStream",
+    "TrainingPair",
+    "renoise_coefficients",
+]
 
 
 class Ops(NamedTuple):
@@ -19,32 +28,49 @@ class Ops(NamedTuple):
 
     interval_attention: Callable[..., Any]
     set_masked_attention: Callable[..., Any]
+    residual_norm: Callable[..., Any]
+    mix: Callable[..., Any]
+    segment: Callable[..., Any]
+    feature_cache: Callable[..., Any]  # (gates, window) -> CacheWindow, one for a forward pass
+    qk_norm_rope: Callable[..., Any]
+    post_norm_residual: Callable[..., Any]
+    downsample: Callable[..., Any]
+    upsample_renoise: Callable[..., Any]
+    training_pair: Callable[..., Any]
+    euler_step: Callable[..., Any]
+    ddim_step: Callable[..., Any]
+    dpm_step: Callable[..., Any]
 
 
-def _eager_interval_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, return_lse: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    return _dense_attention(q, k, v, mask.to_dense(), return_lse)
-
-
-def _eager_set_masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, rank: Tensor, *, return_lse: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    rank = torch.atleast_2d(rank)
-    return _dense_attention(q, k, v, rank[:, None, :] <= rank[:, :, None], return_lse)
-
-
-def _dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``mask`` is bool ``[B or 1, Tq, Tk]``."""
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
-    if not return_lse:
-        return out
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    return out, scores.masked_fill(~mask[:, None], float("-inf")).logsumexp(dim=-1)
-
-
-EAGER = Ops(_eager_interval_attention, _eager_set_masked_attention)
-FUSED = Ops(interval_attention, set_masked_attention)
+EAGER = Ops(
+    interval_attention=eager.interval_attention,
+    set_masked_attention=eager.set_masked_attention,
+    residual_norm=eager.residual_norm,
+    mix=eager.mix,
+    segment=eager.segment,
+    feature_cache=eager.CacheWindow,
+    qk_norm_rope=eager.qk_norm_rope,
+    post_norm_residual=eager.post_norm_residual,
+    downsample=eager.downsample,
+    upsample_renoise=eager.upsample_renoise,
+    training_pair=eager.training_pair,
+    euler_step=eager.euler_step,
+    ddim_step=eager.ddim_step,
+    dpm_step=eager.dpm_step,
+)
+FUSED = Ops(
+    interval_attention=fused.interval_attention,
+    set_masked_attention=fused.set_masked_attention,
+    residual_norm=fused.residual_norm,
+    mix=fused.feature_cache.mix,
+    segment=fused.feature_cache.segment,
+    feature_cache=fused.CacheWindow,
+    qk_norm_rope=fused.qk_norm_rope,
+    post_norm_residual=fused.post_norm_residual,
+    downsample=fused.downsample,
+    upsample_renoise=fused.upsample_renoise,
+    training_pair=fused.training_pair,
+    euler_step=fused.euler_step,
+    ddim_step=fused.ddim_step,
+    dpm_step=fused.dpm_step,
+)

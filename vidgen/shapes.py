@@ -1,7 +1,9 @@
-"""The attention shapes that the video models really produce, as data.
+"""The shapes that the video models really produce, as data.
 
-A shape lists the tokens of each *block*, a run of consecutive tokens with the same visibility, and
-the rule that says which block sees which. Token counts follow from the models' own formulas below.
+An attention shape lists the tokens of each *block*, a run of consecutive tokens with the same
+visibility, and the rule that says which block sees which. Token counts follow from the models' own
+formulas below. Memory-bound operators work on rows of tokens or on latents, whose shapes stand at
+the end; which operator runs at which of them is told by `bench.memory_cases`.
 
 Legend: B batch (2 with classifier-free guidance), H heads, D head dim, T tokens.
 """
@@ -216,3 +218,136 @@ TOY: tuple[AttentionShape, ...] = (
 )
 
 SETS = {"real": REAL, "reduced": REDUCED, "toy": TOY}
+
+
+# ---- memory-bound operators
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """Rows ``[batch, text + video, hidden]`` between the matrix products of a transformer."""
+
+    name: str
+    model: str
+    batch: int
+    text: int  # rows at the front, with a modulation and projections of their own
+    video: int
+    hidden: int
+    head_dim: int = 64
+    axes: tuple[int, ...] = ()  # channels of a head that each rotary axis turns
+
+    @property
+    def tokens(self) -> int:
+        return self.text + self.video
+
+    @property
+    def numel(self) -> int:
+        return self.batch * self.tokens * self.hidden
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """A latent ``[batch, channels, frames, height, width]``, at its highest resolution."""
+
+    name: str
+    model: str
+    batch: int
+    channels: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int, int, int, int]:
+        return self.batch, self.channels, self.frames, self.height, self.width
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True)
+class MemoryShapes:
+    """The shapes of one set, by what they are used for."""
+
+    pyramid: tuple[TokenShape, ...]  # text and video are streams of their own
+    cache: tuple[TokenShape, ...]  # models with a feature cache; text and video in one sequence
+    cogvideox: tuple[TokenShape, ...]  # rotary or not, text and video in one sequence
+    nova: tuple[TokenShape, ...]  # norm after the layer
+    mlp: tuple[TokenShape, ...]  # a modulation per token
+    history: tuple[LatentShape, ...]  # down to the next stage
+    renoise: tuple[LatentShape, ...]  # up into this stage
+    training: tuple[LatentShape, ...]
+    sampler: tuple[LatentShape, ...]
+
+
+_AXES = (16, 24, 24)  # time, row, column
+
+
+def _pyramid_tokens(name: str, base: int, hidden: int, axes: tuple[int, ...]) -> TokenShape:
+    video = sum(pyramid_blocks(base, unit=15, stage=2, text=0))
+    return TokenShape(name, "Pyramid Flow", 2, 128, video, hidden, axes=axes)
+
+
+_REPVIDEO = TokenShape("repvideo_2b", "RepVideo", 2, 226, 13 * 30 * 45, 1920)
+_COGVIDEOX = TokenShape("cogvideox_5b", "CogVideoX 5B", 2, 226, 13 * 30 * 45, 3072, axes=_AXES)
+
+REAL_MEMORY = MemoryShapes(
+    pyramid=(
+        _pyramid_tokens("flux_768p_u15_s2", 240, 1920, _AXES),
+        _pyramid_tokens("sd3_768p_u15_s2", 240, 1536, (64,)),
+        _pyramid_tokens("flux_384p_u15_s2", 60, 1920, _AXES),
+    ),
+    cache=(_REPVIDEO, _COGVIDEOX),
+    cogvideox=(_REPVIDEO, _COGVIDEOX),
+    nova=(
+        TokenShape("nova_0.6b_1024px", "NOVA 0.6B", 2, 0, 1024 + 4096, 1024),
+        TokenShape("nova_1.4b_1024px", "NOVA 1.4B", 2, 0, 1024 + 4096, 1536, head_dim=96),
+    ),
+    mlp=(
+        TokenShape("nova_mlp_train", "NOVA 480x768, training", 108, 0, 1440, 1280),
+        TokenShape("nova_mlp_set", "NOVA 480x768, largest set", 2, 0, 36, 1280),
+    ),
+    history=(LatentShape("pyramid_768p_10s", "Pyramid Flow", 1, 16, 31, 96, 160),),
+    renoise=(
+        LatentShape("pyramid_768p", "Pyramid Flow", 2, 16, 1, 96, 160),
+        LatentShape("pyramid_768p_b64", "Pyramid Flow, 64 videos", 64, 16, 1, 96, 160),
+    ),
+    training=(LatentShape("pyramid_384p_train", "Pyramid Flow", 4, 16, 16, 48, 80),),
+    sampler=(
+        LatentShape("repvideo_2b_latent", "RepVideo", 1, 16, 13, 60, 90),
+        LatentShape("cogvideox15_81f_b8", "CogVideoX 1.5, 8 videos", 8, 16, 22, 96, 170),
+    ),
+)
+
+_IMAGE = 30 * 45  # video tokens of one latent frame of CogVideoX
+
+REDUCED_MEMORY = MemoryShapes(
+    pyramid=(TokenShape("cpu_flux", "Pyramid Flow", 1, 128, 960, 1920, axes=_AXES),),
+    cache=(TokenShape("cpu_repvideo", "RepVideo", 1, 226, _IMAGE, 1920),),
+    cogvideox=(TokenShape("cpu_cogvideox", "CogVideoX 5B", 1, 226, _IMAGE, 3072, axes=_AXES),),
+    nova=(TokenShape("cpu_nova", "NOVA 480x768", 1, 0, 360 + 1440, 1024),),
+    mlp=(TokenShape("cpu_nova_mlp", "NOVA 480x768, training", 1, 0, 1440, 1280),),
+    history=(LatentShape("cpu_history", "Pyramid Flow", 1, 16, 8, 96, 160),),
+    renoise=(LatentShape("cpu_renoise", "Pyramid Flow", 2, 16, 1, 48, 80),),
+    training=(LatentShape("cpu_train", "Pyramid Flow", 1, 16, 16, 48, 80),),
+    sampler=(LatentShape("cpu_latent", "RepVideo", 1, 16, 13, 60, 90),),
+)
+
+_TOY_TOKENS = TokenShape("toy", "toy", 2, 3, 10, 48, head_dim=24, axes=(8, 8, 8))
+_TOY_VIDEO = TokenShape("toy", "toy", 2, 0, 5, 40)
+_TOY_LATENT = LatentShape("toy", "toy", 2, 3, 2, 6, 10)
+
+TOY_MEMORY = MemoryShapes(
+    pyramid=(_TOY_TOKENS,),
+    cache=(_TOY_TOKENS,),
+    cogvideox=(_TOY_TOKENS,),
+    nova=(_TOY_VIDEO,),
+    mlp=(_TOY_VIDEO,),
+    history=(_TOY_LATENT,),
+    renoise=(_TOY_LATENT,),
+    training=(_TOY_LATENT,),
+    sampler=(_TOY_LATENT,),
+)
+
+MEMORY_SETS = {"real": REAL_MEMORY, "reduced": REDUCED_MEMORY, "toy": TOY_MEMORY}

@@ -1,10 +1,13 @@
 """`vidgen verify`: numbers recorded from the official models, recomputed by ours.
 
-A case is ``case.json`` with ``case.safetensors``: ``w.`` weights, ``in.`` inputs, ``out.`` results.
-Its ``model`` and ``kind`` choose the function of `KINDS` that recomputes it, its name never does.
+A case is ``case.json`` with ``case.safetensors``: ``w.`` weights, ``in.`` inputs, ``out.`` results;
+or JSON alone, with the results in ``tables``, whose entries begin with plain numbers, the inputs.
+Its ``model`` and ``kind`` choose the function that recomputes it (`KINDS`, from each model's
+`golden.py`), its name never does.
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -13,17 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen.ops import EAGER, FUSED, Ops
-from vidgen_kernels import IntervalMask
+from vidgen.golden import Results, Where, flatten
+from vidgen.nova import golden as nova
+from vidgen.ops import EAGER, FUSED
+from vidgen.pyramid_flow import golden as pyramid_flow
+from vidgen.repvideo import golden as repvideo
 from vidgen_kernels._triton import is_interpreted
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 
 Tensors = dict[str, Tensor]
+
+# Parts of a case's JSON that say more than `config`, which they are added to under these names.
+SECTIONS = ("training", "sampling")
 
 
 class Case(NamedTuple):
@@ -33,6 +41,7 @@ class Case(NamedTuple):
     config: dict[str, Any]
     atol: float
     rtol: float
+    tables: Tensors
 
     def tensors(self, prefix: str, device: str, dtype: torch.dtype | None = None) -> Tensors:
         """The tensors below ``prefix``, names without it; floating-point ones in ``dtype``."""
@@ -57,50 +66,11 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def set_mask(rank: Tensor) -> Tensor:
-    """What the sorted intervals mean for the tokens in their own order, bool [B or 1, T, T]."""
-    order = torch.atleast_2d(rank).argsort(dim=-1, stable=True)
-    dense = IntervalMask.from_ranks(torch.atleast_2d(rank).gather(1, order)).to_dense()
-    back = order.argsort(dim=-1)
-    by_query = dense.gather(1, back[:, :, None].expand_as(dense))
-    return by_query.gather(2, back[:, None, :].expand_as(dense))
-
-
 OPS = {"eager": EAGER, "fused": FUSED}
 
-
-def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """NOVA's attention between sets: the call, the module around it, and tokens in any order."""
-    if config.get("scale", "1/sqrt(head_dim)") != "1/sqrt(head_dim)":
-        raise ValueError(f"scale: expected 1/sqrt(head_dim), got {config['scale']}")
-    rank = inputs["rank"]
-    results = {"mask": set_mask(rank).squeeze(0)}
-
-    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
-    out, lse = ops.set_masked_attention(q, k, v, rank, return_lse=True)
-    results |= {"o": out, "lse": lse}
-    grads = torch.autograd.grad(out, (q, k, v), inputs["grad_o"])
-    results |= zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)
-
-    if "x" in inputs:
-        x = inputs["x"].requires_grad_()
-        qkv = F.linear(x, w["qkv.weight"], w.get("qkv.bias"))
-        heads = qkv.unflatten(-1, (3, config["heads"], -1)).permute(2, 0, 3, 1, 4)
-        out = ops.set_masked_attention(*heads.unbind(), rank)
-        y = F.linear(out.transpose(1, 2).flatten(2), w["proj.weight"], w.get("proj.bias"))
-        results |= {"y": y, "grad_x": torch.autograd.grad(y, x, inputs["grad_y"])[0]}
-
-    if "perm" in inputs:
-        perm = inputs["perm"]
-        rank_perm = rank.expand(perm.shape).gather(1, perm)
-        index = perm[:, None, :, None].expand(q.shape)
-        permuted = (x.detach().gather(2, index) for x in (q, k, v))
-        o_perm = ops.set_masked_attention(*permuted, rank_perm)
-        results |= {"rank_perm": rank_perm, "o_perm": o_perm}
-    return results
-
-
-KINDS = {("nova", "set_attention"): set_attention}
+# {model: {kind: function(config, weights, inputs, ops) -> results by name}}; a function with a
+# parameter `outputs` is told the names that the case holds, where they alone say what is wanted
+KINDS = {"nova": nova.KINDS, "pyramid_flow": pyramid_flow.KINDS, "repvideo": repvideo.KINDS}
 
 
 def find_cases(folder: Path) -> Iterator[Case]:
@@ -110,21 +80,34 @@ def find_cases(folder: Path) -> Iterator[Case]:
         if isinstance(data, dict) and "model" in data and "kind" in data:
             allowed = data.get("suggested_tolerance", {})
             bounds = float(allowed.get("atol", 0.0)), float(allowed.get("rtol", 0.0))
-            yield Case(path, data["model"], data["kind"], data.get("config", {}), *bounds)
+            config = data.get("config", {}) | {k: data[k] for k in SECTIONS if k in data}
+            expected: Tensors = {}
+            if "tables" in data:
+                expected = flatten(data["tables"])
+                config["tables"] = [
+                    {name: x for name, x in table.items() if not isinstance(x, (dict, list))}
+                    for table in data["tables"]
+                ]
+            yield Case(path, data["model"], data["kind"], config, *bounds, expected)
 
 
 def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
     """Recomputes a case; below fp32 a tensor may also be twice as far off as eager PyTorch is."""
-    recompute = KINDS.get((case.model, case.kind))
+    recompute = KINDS.get(case.model, {}).get(case.kind)
     if recompute is None:
         return Outcome("SKIP", reason=f"not built yet: {case.model} {case.kind}")
 
-    def results(name: str) -> Tensors:
+    names: dict[str, list[str]] = {}
+
+    def results(name: str) -> Results:
         w = case.tensors("w.", device, dtype)
-        return recompute(case.config, w, case.tensors("in.", device, dtype), OPS[name])
+        inputs = case.tensors("in.", device, dtype)
+        return recompute(case.config, w, inputs, OPS[name], **names)
 
     try:
-        expected = case.tensors("out.", device, torch.float64)
+        expected = case.tensors("out.", device, torch.float64) | case.tables
+        if "outputs" in inspect.signature(recompute).parameters:
+            names = {"outputs": sorted(expected)}
         actual = results(ops)
         same_dtype = results("eager") if dtype in (torch.float16, torch.bfloat16) else None
     except Exception as problem:  # whatever is wrong with one case, the others still run
@@ -134,24 +117,38 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
         return Outcome(
             "FAIL", reason=f"nothing computed for: {missing or 'a case without outputs'}"
         )
+    if case.tables and (more := actual.keys() - expected.keys()):
+        return Outcome("FAIL", reason=f"not in the tables: {', '.join(sorted(more))}")
     worst = Outcome("PASS", 0.0, case.atol)
     for name, reference in expected.items():
-        if actual[name].shape != reference.shape:
-            shapes = f"expected {list(reference.shape)}, got {list(actual[name].shape)}"
+        values = _values(actual[name])
+        if values.shape != reference.shape:
+            shapes = f"expected {list(reference.shape)}, got {list(values.shape)}"
             return Outcome("FAIL", reason=f"shape of {name}: {shapes}")
-        error = max_error(actual[name], reference)
+        reference = _only_compared(reference, actual[name])
+        error = max_error(_only_compared(values, actual[name]), reference)
         tolerance = 0.0  # integers, masks and indices must be equal
         if reference.is_floating_point():
             size = reference.abs().max().item() if reference.numel() else 0.0
             tolerance = case.atol + case.rtol * size
             if same_dtype is not None:
                 rounding = torch.finfo(dtype).eps * size
-                tolerance += 2 * max_error(same_dtype[name], reference) + rounding
+                eager = _only_compared(_values(same_dtype[name]), actual[name])
+                tolerance += 2 * max_error(eager, reference) + rounding
         if not error <= tolerance:  # also where the error is NaN
             return Outcome("FAIL", error, tolerance, f"worst of {name}")
         if worst.error is None or error * (worst.tolerance or 0.0) > worst.error * tolerance:
             worst = Outcome("PASS", error, tolerance)
     return worst
+
+
+def _values(result: Tensor | Where) -> Tensor:
+    return result.values if isinstance(result, Where) else result
+
+
+def _only_compared(x: Tensor, result: Tensor | Where) -> Tensor:
+    """The elements of ``x`` that count, by what is said with ``result``."""
+    return x[result.compared.expand_as(x)] if isinstance(result, Where) else x
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:

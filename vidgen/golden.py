@@ -1,0 +1,33 @@
+"""What the models' golden kinds return to `vidgen verify`, beside plain tensors."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Where(NamedTuple):
+    """Values that count only where ``compared`` (bool, broadcast to them) is true.
+
+    For rows that nothing reads, such as padding: whatever they hold is right.
+    """
+
+    values: Tensor
+    compared: Tensor
+
+
+Results = dict[str, Tensor | Where]
+
+
+def flatten(tables: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Numbers and lists of numbers in nested dicts and lists, as tensors named by their path."""
+    if isinstance(tables, dict):
+        items = tables.items()
+    elif isinstance(tables, list) and any(isinstance(x, (dict, list)) for x in tables):
+        items = enumerate(tables)
+    else:
+        return {prefix: torch.tensor(tables)}
+    found = {}
+    for name, x in items:
+        found |= flatten(x, f"{prefix}.{name}" if prefix else str(name))
+    return found

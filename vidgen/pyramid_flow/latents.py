@@ -1,0 +1,64 @@
+"""Between the VAE and the transformer, normalised latents; between the VAE and files, pixels."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LatentStats(NamedTuple):
+    """``(shift, scale)`` for the latents of images and first frames, and for all later frames."""
+
+    image: tuple[float, float]
+    video: tuple[float, float]
+
+
+# By the official name of the transformer that was trained on them.
+LATENT_STATS = {
+    "pyramid_flux": LatentStats(image=(-0.04, 1 / 1.8726), video=(-0.2343, 1 / 3.0986)),
+    "pyramid_mmdit": LatentStats(image=(0.1490, 1 / 1.8415), video=(-0.2343, 1 / 3.0986)),
+}
+
+
+def normalize_latents(
+    latents: Tensor,  # [B, C, T, h, w]
+    stats: LatentStats,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """``(latents - shift) * scale``; the first one given is latent frame ``start`` of its video."""
+    n_images = _n_images(start)
+    (shift, scale), (video_shift, video_scale) = stats
+    image = (latents[:, :, :n_images] - shift) * scale
+    video = (latents[:, :, n_images:] - video_shift) * video_scale
+    return torch.cat([image, video], dim=2)
+
+
+def denormalize_latents(
+    latents: Tensor,  # [B, C, T, h, w]
+    stats: LatentStats,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """``latents / scale + shift``, which undoes `normalize_latents`."""
+    n_images = _n_images(start)
+    (shift, scale), (video_shift, video_scale) = stats
+    image = latents[:, :, :n_images] / scale + shift
+    video = latents[:, :, n_images:] / video_scale + video_shift
+    return torch.cat([image, video], dim=2)
+
+
+def _n_images(start: int) -> int:
+    if start < 0:
+        raise ValueError(f"start: expected a frame index of at least 0, got {start}")
+    return 1 if start == 0 else 0
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Video in [-1, 1], ``[B, C, F, H, W]``, as uint8 pixels ``[B, F, H, W, C]``.
+
+    ``127.5 * video + 127.5``, clamped, its fraction dropped.
+    """
+    x = video.to(torch.promote_types(video.dtype, torch.float32))
+    pixels = (x * 127.5).add_(127.5).clamp_(0, 255).movedim(1, -1)
+    return pixels.to(torch.uint8, memory_format=torch.contiguous_format)
