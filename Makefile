@@ -41,7 +41,7 @@ interpreted: $(READY) ## the suite on the Triton kernels, interpreted
 	TRITON_INTERPRET=1 $(PYTEST) -m 'not portable_only and not aot' $(ARGS)
 
 aot-old-triton: $(OVERLAY)/.ready ## compile the kernels ahead of time under the oldest Triton
-	env -u TRITON_INTERPRET PYTHONPATH=$(OVERLAY) $(PYTEST) -m aot tests/test_aot.py $(ARGS)
+	env -u TRITON_INTERPRET PYTHONPATH=$(OVERLAY) $(PYTEST) -m aot tests/test_aot*.py $(ARGS)
 
 $(OVERLAY)/.ready: | $(READY)
 	rm -rf $(OVERLAY)

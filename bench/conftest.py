@@ -12,14 +12,16 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import measure, options, providers
+from bench import measure, options
 from bench.measure import Outcome
 from bench.options import DTYPES, device
-from vidgen.shapes import SETS, AttentionShape
+from bench.suites import Suite
+from vidgen.shapes import SETS
 
 NOT_MEASURED = pytest.StashKey[list[dict]]()
 STARTED = pytest.StashKey[float]()
@@ -46,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dtype", default="", help="bf16, fp16, fp32, fp64 (default: bf16 on a GPU, else fp32)"
     )
     group.addoption(
-        "--seconds", type=float, default=float("inf"), help="start no shape after this time"
+        "--seconds", type=float, default=float("inf"), help="start no shape that may end after this"
     )
     group.addoption(
         "--skip-shapes", default="", help="shapes not to measure, by name, comma-separated"
@@ -56,8 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
     config.stash[STARTED] = time.monotonic()
-    for check in (options.chosen_shapes, options.chosen_dtypes, options.chosen_providers):
-        check(config)  # a mistyped name is told at once
+    options.check(config)  # a mistyped name is told at once
     if not torch.cuda.is_available():
         torch.set_num_threads(measure.CPU_THREADS)
 
@@ -71,25 +72,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest):
-    """``measured(shape, dtype, backward)``: what became of each collected provider of a group.
+    """``measured(suite, spec, dtype, backward)``: what became of each provider of a group.
 
     Tests of a group are neighbours, so one group is kept.
     """
     config, last = request.config, {}
 
-    def outcomes(shape: AttentionShape, dtype: str, backward: bool) -> dict[str, Outcome]:
-        key = shape, dtype, backward
+    def outcomes(suite: Suite, spec: Any, dtype: str, backward: bool) -> dict[str, Outcome]:
+        key = spec, dtype, backward
         if key not in last:
             last.clear()
             collected = [i.callspec.params for i in request.session.items if hasattr(i, "callspec")]
-            wanted = {p["provider"] for p in collected if p.get("shape") is shape}
-            selected = [p for p in providers.PROVIDERS.values() if p.name in wanted]
-            if time.monotonic() - config.stash[STARTED] > config.getoption("--seconds"):
+            wanted = {p["provider"] for p in collected if p.get("spec") is spec}
+            selected = [p for p in suite.providers.values() if p.name in wanted]
+            started, stop = config.stash[STARTED], config.getoption("--seconds")
+            if time.monotonic() - started + suite.longest_seconds > stop:
                 last[key] = {p.name: Outcome("postponed", "time is up") for p in selected}
             else:
+                case = suite.make(spec, DTYPES[dtype], device())
+                seconds = measure.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
                 once = config.getoption("benchmark_disable")
                 last[key] = measure.measure_group(
-                    shape, DTYPES[dtype], backward, selected, device(), once=once
+                    case, backward, selected, seconds, once, suite.graphs
                 )
         return last[key]
 
@@ -98,9 +102,14 @@ def measured(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def record(benchmark, request: pytest.FixtureRequest):
-    """``record(outcome, labels, dtype, flops)``: the samples, or why there are none."""
+    """``record(outcome, labels, dtype, work)``: the samples, or why there are none.
 
-    def record(outcome: Outcome, labels: dict[str, str], dtype: str, flops: float, **more) -> None:
+    ``work`` is one number by the name of its rate; a share of the peak is told where there is one.
+    """
+
+    def record(
+        outcome: Outcome, labels: dict[str, str], dtype: str, work: dict[str, float], **more
+    ) -> None:
         labels = {**labels, "dtype": dtype}
         if outcome.status != "measured":
             request.config.stash[NOT_MEASURED].append(
@@ -126,14 +135,16 @@ def record(benchmark, request: pytest.FixtureRequest):
         if benchmark.disabled:
             return
         median = benchmark.stats.stats.median
+        ((unit, amount),) = work.items()
+        rate = amount / median
+        if unit in measure.RATES:
+            more["fraction_of_peak"] = rate / measure.peak(unit, DTYPES[dtype], device())
         benchmark.extra_info.update(
             **labels,
+            **{unit: rate},
             median_ms=median * 1e3,
-            tflops=flops / median / 1e12,
-            fraction_of_peak=flops / median / measure.peak_flops(DTYPES[dtype], device()),
             peak_memory_mb=outcome.peak_memory_mb,
             max_error=outcome.max_error,
-            mask_ms=outcome.mask_ms,
             launch=outcome.launch,
             **measure.environment(),
             **more,

@@ -27,17 +27,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 
 import torch  # noqa: E402
 
-from bench import measure, providers, report, tune  # noqa: E402
-from bench.cases import Case  # noqa: E402
-from vidgen.shapes import REAL, AttentionShape  # noqa: E402
+from bench import groups, measure, report, tune  # noqa: E402
+from bench.suites import ATTENTION, MEMORY, SUITES  # noqa: E402
+from vidgen.shapes import AttentionShape  # noqa: E402
 
 LIMIT = 520  # seconds, under nine minutes
-LONGEST_SHAPE = 60  # seconds that the last shape to start may take
 SANITIZER_SECONDS = 160
 SANITIZER_FOUND = 9  # exit status; any other says that the tool cannot watch this machine
 NOTHING_LEFT = 5  # pytest's exit status when every test had passed before
-COMPILED = ("ours", "flex")
-PROFILED = ("pyramid_768p_u15_s2_h30", "wan_1.3b_block_causal")
+PROFILED = (
+    ("attention", "pyramid_768p_u15_s2_h30"),
+    ("attention", "wan_1.3b_block_causal"),
+    ("memory", "segment_n4-repvideo_2b"),
+    ("memory", "qk_norm_rope_joint-flux_768p_u15_s2"),
+)
 SANITIZED = (
     AttentionShape("frames", "sanitizer", 1, 2, 64, "block_causal", (70, 200, 33, 1, 129)),
     AttentionShape("cache", "sanitizer", 2, 2, 64, "block_causal", (70, 200, 33), (1, 3)),
@@ -80,38 +83,41 @@ def _sanitize(folder: Path, stop: float) -> int:
 
 def sanitizer_target(folder: Path, rest: list[str]) -> int:
     """Forward and backward of every kernel on small ragged shapes."""
-    for shape in SANITIZED:
-        case = Case.make(shape, torch.bfloat16, torch.device("cuda"))
-        attention = providers.PROVIDERS["ours"].setup(case)
-        for step in measure.make_steps(case, attention, backward=True):
-            step()
-        torch.cuda.synchronize()
-        print(shape.name, "done", flush=True)
+    for suite, specs in ((ATTENTION, SANITIZED), (MEMORY, MEMORY.sets["toy"])):
+        for spec in specs:
+            case = suite.make(spec, torch.bfloat16, torch.device("cuda"))
+            for step in measure.make_steps(case, suite.providers["ours"].setup(case), True):
+                step()
+            torch.cuda.synchronize()
+            print(spec.name, "done", flush=True)
     return 0
 
 
 def stage_bench(folder: Path, rest: list[str]) -> int:
-    """The shapes that have no results yet, most telling ones first."""
+    """What has no results yet, the most telling shapes first."""
     stop = time.monotonic() + LIMIT
-    path = folder / "attention.json"
-    _bring_earlier_results(folder, path.name)
-    done = _finished(path)
-    todo = [shape for shape in REAL if shape.name not in done]
+    paths = {name: folder / f"{name}.json" for name in SUITES}
+    for path in paths.values():
+        _bring_earlier_results(folder, path.name)
+    done = {name for path in paths.values() for name in _finished(path)}
+    every = [(suite.name, spec.name) for suite in SUITES.values() for spec in suite.sets["real"]]
+    todo = [(suite, spec) for suite, spec in every if spec not in done]
     if not todo:
-        print(f"every shape is measured: delete {path} to start over")
+        print(f"every shape is measured: delete {' or '.join(map(str, paths.values()))}")
         return 0
-    _compile_in_parallel(todo, seconds=LIMIT / 3)
+    _compile_in_parallel([(s, spec) for s, spec in todo if SUITES[s].compiles], LIMIT / 3)
     left = stop - time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch) / "new.json"
-        flags = f"-q -rf --benchmark-json={new} --seconds={left - LONGEST_SHAPE:.0f}"
+        flags = f"-q -rf --benchmark-json={new} --seconds={left:.0f}"
         command = [sys.executable, "-m", "pytest", "bench", *flags.split()]
-        command += [f"--skip-shapes={','.join(done)}", *rest]
+        command += [f"--skip-shapes={','.join(sorted(done))}", *rest]
         status = _run(command, folder / "bench.log", left, _environment())
         if new.exists() and new.stat().st_size:
             report.main([str(new), f"--output={folder}", "--merge"])
-    n_left = sum(shape.name not in _finished(path) for shape in todo)
-    print(f"{len(REAL) - n_left} of {len(REAL)} shapes measured", "; run again" * bool(n_left))
+    done = {name for path in paths.values() for name in _finished(path)}
+    n_left = sum(spec not in done for _, spec in todo)
+    print(f"{len(every) - n_left} of {len(every)} shapes measured", "; run again" * bool(n_left))
     return status
 
 
@@ -119,25 +125,24 @@ def _finished(path: Path) -> set[str]:
     """Shapes with our times in every direction."""
     if not path.exists():
         return set()
-    found = report.groups(json.loads(path.read_text()))
     directions: dict[str, set[str]] = {}
-    for group in found:
+    for group in groups.groups(json.loads(path.read_text())):
         if "postponed" not in {row["status"] for row in group.missing.values()}:
             directions.setdefault(group.shape, set()).add(group.direction)
-    return {shape for shape, of in directions.items() if of == set(report.DIRECTIONS)}
+    return {shape for shape, of in directions.items() if of == set(groups.DIRECTIONS)}
 
 
-def _compile_in_parallel(shapes: list[AttentionShape], seconds: float) -> None:
+def _compile_in_parallel(specs: list[tuple[str, str]], seconds: float) -> None:
     """Fills the compilers' caches on disk; whatever fails here shows again where it is measured."""
     stop = time.monotonic() + seconds
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(_workers(10), context)
-    jobs = [pool.submit(_compile_shape, shape) for shape in shapes]
+    jobs = [pool.submit(_compile, *spec) for spec in specs]
     try:
-        for shape, job in zip(shapes, jobs, strict=True):
+        for (_, spec), job in zip(specs, jobs, strict=True):
             left = max(0.0, stop - time.monotonic())
-            print("compiled", shape.name, job.result(left), flush=True)
+            print("compiled", spec, job.result(left), flush=True)
     except futures.TimeoutError:
         print(f"not compiled in {seconds:.0f} s: the rest compiles as it is measured")
     except Exception as error:  # a worker died
@@ -145,18 +150,21 @@ def _compile_in_parallel(shapes: list[AttentionShape], seconds: float) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _compile_shape(shape: AttentionShape) -> str:
-    case = Case.make(shape, torch.bfloat16, torch.device("cuda"))
+def _compile(suite_name: str, spec_name: str) -> str:
+    suite = SUITES[suite_name]
+    case = suite.make(suite.find(spec_name), torch.bfloat16, torch.device("cuda"))
     notes = []
-    for name in COMPILED:
+    for provider in suite.providers.values():
+        if not provider.compiles:
+            continue
         try:
-            attention = providers.PROVIDERS[name].setup(case)
+            function = provider.setup(case)
             for backward in (False, True):
-                for step in measure.make_steps(case, attention, backward):
+                for step in measure.make_steps(case, function, backward):
                     step()
             torch.cuda.synchronize()
         except Exception as error:
-            notes.append(f"({name}: {type(error).__name__})")
+            notes.append(f"({provider.name}: {type(error).__name__})")
     del case
     torch.compiler.reset()
     torch.cuda.empty_cache()
@@ -170,18 +178,18 @@ def stage_tune(folder: Path, rest: list[str]) -> int:
 
 
 def stage_profile(folder: Path, rest: list[str]) -> int:
-    """One long shape per head dim: PyTorch's profiler, and Nsight Compute where it is installed."""
+    """A few long shapes: PyTorch's profiler, and Nsight Compute where it is installed."""
     profiler = [sys.executable, str(ROOT / "profiling" / "run.py"), f"--output={folder}", *rest]
     modes = ["torch", *["ncu"] * bool(shutil.which("ncu"))]
-    runs = [(mode, shape) for mode in modes for shape in PROFILED]
+    runs = [(mode, *which) for mode in modes for which in PROFILED]
     statuses = [
         _run(
-            [*profiler, f"--mode={mode}", f"--shape={shape}"],
+            [*profiler, f"--mode={mode}", f"--op={op}", f"--shape={shape}"],
             folder / "profile.log",
             LIMIT / len(runs),
             _environment(),
         )
-        for mode, shape in runs
+        for mode, op, shape in runs
     ]
     return max(statuses)
 

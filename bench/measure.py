@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 import triton
 
-from bench.cases import TOLERANCE, Case
+from bench.cases import Case, Function, as_tuple
 from bench.providers import Provider
-from vidgen.shapes import AttentionShape
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 CPU_THREADS = 2
+RATES = ("tflops", "gbps")  # those that a machine has a peak of
 MIN_SAMPLES, MAX_SAMPLES = 5, 40
-SECONDS_PER_PROVIDER = {"cuda": 0.25, "cpu": 1.0}
+CUDA_SECONDS = 0.25  # per provider; on a CPU a suite says how long
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 
 
@@ -40,25 +40,26 @@ class Outcome:
     reason: str = ""
     samples: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds
     max_error: float | None = None
-    mask_ms: float | None = None  # mask creation, once per layout and not part of the samples
+    setup_ms: float | None = None  # mask creation, once per layout and not part of the samples
     peak_memory_mb: float | None = None
     launch: str = ""  # "graph", "eager" or "cpu"
 
 
 def measure_group(
-    shape: AttentionShape,
-    dtype: torch.dtype,
+    case: Case,
     backward: bool,
     providers: list[Provider],
-    device: torch.device,
+    seconds: float = CUDA_SECONDS,
     once: bool = False,
+    graphs: bool = True,
 ) -> dict[str, Outcome]:
-    """Every provider on one shape: checked, then timed in turns. ``once``: one call each.
+    """Every provider on one case: checked, then timed in turns.
 
+    ``once``: one call each. ``graphs``: a GPU replays CUDA graphs, as long as they can be captured.
     With ``backward`` each sample is a forward and the backward that follows, timed one by one.
     """
     torch.compiler.reset()  # past eight shapes a compiled function would silently run uncompiled
-    case = Case.make(shape, dtype, device)
+    device = case.device
     outcomes = {provider.name: Outcome() for provider in providers}
     calls = {}
     for provider in providers:
@@ -68,29 +69,33 @@ def measure_group(
             outcome.status, outcome.reason = "unavailable", reason
             continue
         with _recording_failure(outcome):
-            calls[provider.name] = _prepare(provider, case, backward, outcome)
-    _interleave({n: c for n, c in calls.items() if c}, outcomes, device, once)
+            calls[provider.name] = _prepare(provider, case, backward, graphs, outcome)
+    ready = {name: steps for name, steps in calls.items() if steps}
+    _interleave(ready, outcomes, device, 0.0 if once else seconds)
     calls.clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the graphs' pools
     return outcomes
 
 
-def _prepare(provider: Provider, case: Case, backward: bool, outcome: Outcome) -> list[Step] | None:
+def _prepare(
+    provider: Provider, case: Case, backward: bool, graphs: bool, outcome: Outcome
+) -> list[Step] | None:
     """The steps to time, or None where the provider computes something else."""
     provider.setup(case)  # compiles what mask creation compiles
     start = time.perf_counter()
-    attention = provider.setup(case)
+    function = provider.setup(case)
     _synchronize(case.device)
-    outcome.mask_ms = (time.perf_counter() - start) * 1e3
-    outcome.max_error = case.disagreement(attention, backward)
-    if not outcome.max_error <= TOLERANCE[case.dtype]:  # so that NaN is wrong
+    outcome.setup_ms = (time.perf_counter() - start) * 1e3
+    outcome.max_error = case.disagreement(function, backward)
+    allowed = case.allowed(backward)
+    if not outcome.max_error <= allowed:  # so that NaN is wrong
         outcome.status = "wrong"
-        outcome.reason = f"error {outcome.max_error:.1e}, allowed {TOLERANCE[case.dtype]:.0e}"
+        outcome.reason = f"error {outcome.max_error:.1e}, allowed {allowed:.0e}"
         return None
-    steps = make_steps(case, attention, backward)
+    steps = make_steps(case, function, backward)
     outcome.peak_memory_mb = peak_memory(steps, case.device) / 2**20
-    outcome.launch = "cpu" if case.device.type == "cpu" else "graph"
+    outcome.launch = "cpu" if case.device.type == "cpu" else "graph" if graphs else "eager"
     if outcome.launch == "graph":
         stream = torch.cuda.current_stream()
         try:
@@ -103,24 +108,26 @@ def _prepare(provider: Provider, case: Case, backward: bool, outcome: Outcome) -
     return steps
 
 
-def make_steps(case: Case, attention, backward: bool) -> list[Step]:
+def make_steps(case: Case, function: Function, backward: bool) -> list[Step]:
     """``[forward]`` without gradients, or ``[forward, backward]``."""
     if not backward:
+        leaves = case.leaves
 
         def inference() -> None:
             with torch.no_grad():
-                attention(case.q, case.k, case.v)
+                function(*leaves)
 
         return [inference]
-    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    leaves = [x.detach().requires_grad_() for x in case.leaves]
+    upstream = case.upstream(as_tuple(function(*leaves)))
     live = {}
 
     def forward() -> None:
         live["grads"] = None  # memory of the call before
-        live["out"] = attention(*leaves)
+        live["out"] = as_tuple(function(*leaves))
 
     def backward_() -> None:
-        live["grads"] = torch.autograd.grad(live.pop("out"), leaves, case.do)
+        live["grads"] = torch.autograd.grad(live.pop("out"), leaves, upstream, allow_unused=True)
 
     return [forward, backward_]
 
@@ -154,25 +161,27 @@ def captured(steps: list[Step]) -> list[Step]:
 
 
 def _interleave(
-    calls: dict[str, list[Step]], outcomes: dict[str, Outcome], device: torch.device, once: bool
+    calls: dict[str, list[Step]],
+    outcomes: dict[str, Outcome],
+    device: torch.device,
+    seconds: float,
 ) -> None:
     """Rounds of one sample each in rotating order: clock drift and warmth fall on all alike.
 
-    A provider leaves when it has used its time and has its samples, so that slow ones do not thin
-    out the rest.
+    A provider leaves when it has used its ``seconds`` and has its samples, so that slow ones do not
+    thin out the rest. No time at all is one sample, not warmed up.
     """
     names = list(calls)
-    if not once:
+    if seconds:
         warm_up = {name: Outcome() for name in names}
         _interleave_round(names, calls, warm_up, device)
-    limit = SECONDS_PER_PROVIDER[device.type]
     spent = dict.fromkeys(names, 0.0)
-    for turn in range(1 if once else MAX_SAMPLES):
+    for turn in range(MAX_SAMPLES if seconds else 1):
         start = turn % max(len(names), 1)
         active = [
             name
             for name in names[start:] + names[:start]
-            if outcomes[name].status == "measured" and (turn < MIN_SAMPLES or spent[name] < limit)
+            if outcomes[name].status == "measured" and (turn < MIN_SAMPLES or spent[name] < seconds)
         ]
         for name, seconds in _interleave_round(active, calls, outcomes, device).items():
             spent[name] += seconds
@@ -261,11 +270,19 @@ def peak_memory(steps: list[Step], device: torch.device) -> int:
 
 
 @cache
-def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large matrix product: what this machine does at best in this dtype, today."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(time_steps([lambda: a @ b], device)[0] for _ in range(12))
+def peak(unit: str, dtype: torch.dtype, device: torch.device) -> float:
+    """What this machine does at best, today: TFLOP/s of a large matrix product, GB/s of a copy."""
+    large = device.type == "cuda"
+    if unit == "tflops":
+        n = 8192 if large else 2048
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        work, step = 2 * n**3 / 1e12, lambda: a @ b
+    else:
+        n_bytes = 1 << (30 if large else 27)
+        source = torch.zeros(n_bytes, device=device, dtype=torch.int8)
+        target = torch.zeros_like(source)
+        work, step = 2 * n_bytes / 1e9, lambda: target.copy_(source)
+    return work / min(time_steps([step], device)[0] for _ in range(12))
 
 
 @cache

@@ -1,14 +1,15 @@
-"""What a run measures: the command-line options, as shapes, dtypes and providers."""
+"""What a run measures: the command-line options, as specs, dtypes and providers."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
-from bench import providers
-from vidgen.shapes import SETS, AttentionShape
+from bench.suites import SUITES, Suite
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -16,41 +17,81 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+# `bwd` and `fwd+bwd` come from the same samples, so they follow each other
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen_shapes(config: pytest.Config) -> list[AttentionShape]:
-    """Raises UsageError where a pattern matches nothing."""
-    name = config.getoption("--shape-set")
-    if name == "auto":
-        name = "real" if device().type == "cuda" else "reduced"
-        name = "toy" if config.getoption("benchmark_disable") else name
-    patterns = config.getoption("--shapes").split(",")
-    skipped = config.getoption("--skip-shapes").split(",")
-    shapes = [s for s in SETS[name] if any(fnmatch(s.name, p) for p in patterns)]
-    if not shapes:
-        known = ", ".join(s.name for s in SETS[name])
+def parametrize(metafunc: pytest.Metafunc, suite: Suite) -> None:
+    config = metafunc.config
+    axes = (chosen_dtypes(config), DIRECTIONS, chosen_providers(config, suite))
+    cases = product(chosen_specs(config, suite), *axes)
+    metafunc.parametrize(
+        ("spec", "dtype", "direction", "provider"),
+        [pytest.param(*case, id="-".join([case[0].name, *case[1:]])) for case in cases],
+    )
+
+
+def check(config: pytest.Config) -> None:
+    """Raises UsageError where a name or pattern means nothing to what is going to run."""
+    suites = [s for s in SUITES.values() if f"bench_{s.name}.py" in " ".join(config.args)]
+    suites = suites or list(SUITES.values())
+    patterns = _option(config, "--shapes")
+    known = [spec.name for suite in suites for spec in _set(config, suite)]
+    if not any(_matches(name, patterns) for name in known):
         raise pytest.UsageError(
-            f"--shapes: {','.join(patterns)} matches none of the {name} shapes: {known}"
+            f"--shapes: {patterns} matches none of the shapes: {', '.join(known)}"
         )
-    return [s for s in shapes if s.name not in skipped]
-
-
-def chosen_dtypes(config: pytest.Config) -> list[str]:
-    names = config.getoption("--dtype") or ("bf16" if device().type == "cuda" else "fp32")
-    unknown = [name for name in names.split(",") if name not in DTYPES]
-    if unknown:
+    known = list(dict.fromkeys(name for suite in suites for name in suite.providers))
+    if unknown := [name for name in _names(config, "--providers") if name not in known]:
+        raise pytest.UsageError(
+            f"--providers: expected some of {', '.join(known)}; got {', '.join(unknown)}"
+        )
+    if unknown := [name for name in chosen_dtypes(config) if name not in DTYPES]:
         raise pytest.UsageError(
             f"--dtype: expected some of {', '.join(DTYPES)}; got {', '.join(unknown)}"
         )
-    return names.split(",")
 
 
-def chosen_providers(config: pytest.Config) -> list[str]:
-    try:
-        return [p.name for p in providers.select(config.getoption("--providers"))]
-    except ValueError as error:
-        raise pytest.UsageError(f"--providers: {error}") from None
+def chosen_specs(config: pytest.Config, suite: Suite) -> list[Any]:
+    skipped = _names(config, "--skip-shapes")
+    patterns = _option(config, "--shapes")
+    chosen = [spec for spec in _set(config, suite) if _matches(spec.name, patterns)]
+    return [spec for spec in chosen if spec.name not in skipped]
+
+
+def chosen_dtypes(config: pytest.Config) -> list[str]:
+    return _names(config, "--dtype") or ["bf16" if device().type == "cuda" else "fp32"]
+
+
+def chosen_providers(config: pytest.Config, suite: Suite) -> list[str]:
+    """Those named, in the suite's order, else all that run here by default."""
+    wanted = _names(config, "--providers")
+    return [
+        provider.name
+        for provider in suite.providers.values()
+        if (provider.name in wanted if wanted else device().type in provider.default_on)
+    ]
+
+
+def _set(config: pytest.Config, suite: Suite) -> tuple[Any, ...]:
+    name = _option(config, "--shape-set")
+    if name == "auto":
+        name = "real" if device().type == "cuda" else "reduced"
+        name = "toy" if config.getoption("benchmark_disable") else name
+    return suite.sets[name]
+
+
+def _matches(name: str, patterns: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns.split(","))
+
+
+def _names(config: pytest.Config, option: str) -> list[str]:
+    return [name.strip() for name in _option(config, option).split(",") if name.strip()]
+
+
+def _option(config: pytest.Config, name: str) -> str:
+    return str(config.getoption(name))

@@ -1,29 +1,23 @@
-"""The implementations compared, ours among them, each in the best form its users have.
+"""What an implementation under comparison says of itself.
 
-A provider says why this machine lacks it (`missing`), why it does not do a case (`refuses`), and
-turns a case into ``attention(q, k, v)`` (`setup`). Whatever depends on the layout alone (masks,
-sort orders) is built in `setup`, which is timed apart; whatever depends on q, k, v is part of the
-call.
+Why this machine lacks it (`missing`), why it does not do a case (`refuses`), and how it turns a
+case into a function of the differentiated inputs (`setup`).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from bench.cases import Attention, Case
-from vidgen.shapes import TOY, Segment
+from bench.cases import Function
 
 
-def _never(*_) -> None:
+def never(*_) -> None:
     return None
 
 
@@ -31,281 +25,41 @@ def _never(*_) -> None:
 class Provider:
     name: str
     summary: str
-    setup: Callable[[Case], Attention]
-    missing: Callable[[torch.device], str | None] = _never
-    refuses: Callable[[Case, bool], str | None] = _never  # case, backward
-    default: bool = True
+    setup: Callable[[Any], Function]  # of a case of its suite
+    missing: Callable[[torch.device], str | None] = never
+    refuses: Callable[[Any, bool], str | None] = never  # case, backward
+    default_on: tuple[str, ...] = ("cpu", "cuda")  # elsewhere it has to be asked for by name
+    compiles: bool = False  # ahead of a benchmark, in parallel
 
 
-# ---- ours
+def as_table(*providers: Provider) -> dict[str, Provider]:
+    return {provider.name: provider for provider in providers}
 
 
-def _ours(case: Case) -> Attention:
-    from vidgen_kernels import IntervalMask, interval_attention, set_masked_attention
-
-    rank = case.rank
-    if rank is not None:
-        return lambda q, k, v: set_masked_attention(q, k, v, rank)
-    # Lengths as a tensor: such masks are never cached, so their time is that of a first call.
-    lengths = torch.tensor(case.shape.blocks)
-    if case.shape.mask == "full":
-        mask = IntervalMask.full(lengths, lengths)
-    elif case.shape.mask == "teacher_forcing":
-        mask = IntervalMask.teacher_forcing(lengths)
-    else:
-        blocks = range(*case.shape.query_blocks) if case.shape.query_blocks else None
-        mask = IntervalMask.block_causal(lengths, query_blocks=blocks)
-    mask = mask.to(case.device)
-    mask.intervals(case.shape.n_queries, case.shape.n_keys)  # kept by the mask
-    return lambda q, k, v: interval_attention(q, k, v, mask)
-
-
-# ---- PyTorch's scaled_dot_product_attention
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _dense(case: Case) -> Attention:
-    mask = case.dense_mask()
-    return lambda q, k, v: _sdpa(q, k, v, mask)
-
-
-def _sdpa_pinned(backend: SDPBackend | None) -> Callable[[Case], Attention]:
-    def setup(case: Case) -> Attention:
-        per_block = _per_block(case, _sdpa)
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend) if backend else nullcontext():
-                return per_block(q, k, v)
-
-        return attention
-
-    return setup
-
-
-def _per_block(case: Case, one_call: Attention) -> Attention:
-    """One unmasked call per block, its queries on the slice of keys they see."""
-    segments = case.shape.segments
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blocks = [one_call(_rows(q, s.queries), _seen(k, s), _seen(v, s)) for s in segments]
-        return torch.cat(blocks, dim=2)
-
-    return _on_sorted_tokens(case, attention)
-
-
-def _rows(x: Tensor, rows: range) -> Tensor:
-    return x[:, :, rows.start : rows.stop]
-
-
-def _seen(x: Tensor, segment: Segment) -> Tensor:
-    pieces = [_rows(x, keys) for keys in segment.keys if len(keys)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def _on_sorted_tokens(case: Case, attention: Attention) -> Attention:
-    """Sorted, every set is a block. The order is mask creation, moving the rows is not."""
-    if case.rank is None:
-        return attention
-    from vidgen_kernels.tokens import select_tokens
-
-    order = case.rank.argsort(stable=True)[None]
-    back = order.argsort(dim=-1)
-
-    def sort_attend_unsort(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return select_tokens(attention(*(select_tokens(x, order) for x in (q, k, v))), back)
-
-    return sort_attend_unsort
-
-
-def _needs_a_mask(case: Case, backward: bool) -> str | None:
-    return "nothing is masked: see sdpa_full" if case.shape.is_full else None
-
-
-def _needs_no_mask(case: Case, backward: bool) -> str | None:
-    return None if case.shape.is_full else "only for shapes without a mask"
-
-
-def _needs_16_bits(case: Case, backward: bool) -> str | None:
+def needs_16_bits(case, backward: bool) -> str | None:
     if case.dtype in (torch.float16, torch.bfloat16):
         return None
     return f"takes float16 and bfloat16, not {str(case.dtype).removeprefix('torch.')}"
 
 
-def _needs_cuda(device: torch.device) -> str | None:
+def needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs a CUDA device"
 
 
-def _cpu_only(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else "on a GPU its backends are measured one by one"
-
-
-def _needs_cudnn(device: torch.device) -> str | None:
-    absent = device.type == "cuda" and not torch.backends.cudnn.is_available()
-    return "this PyTorch has no cuDNN" if absent else _needs_cuda(device)
-
-
-# ---- FlexAttention
-
-
-def _flex(**compile_options) -> Callable[[Case], Attention]:
-    def setup(case: Case) -> Attention:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        visible = case.visible if case.rank is None else _visible_when_sorted(case)
-        create, flex = create_block_mask, flex_attention
-        if case.shape not in TOY:  # not worth a compiler
-            create = torch.compile(create_block_mask)
-            flex = torch.compile(flex_attention, dynamic=False, **compile_options)
-        n_queries, n_keys = case.shape.n_queries, case.shape.n_keys
-        block_mask = create(
-            lambda b, h, query, key: visible(query, key),
-            None,
-            None,
-            n_queries,
-            n_keys,
-            device=case.device,
-        )
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return flex(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
-
-        return _on_sorted_tokens(case, attention)
-
-    return setup
-
-
-def _visible_when_sorted(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
-    assert case.rank is not None
-    rank = case.rank.sort().values
-    return lambda query, key: rank[key] <= rank[query]
-
-
-def _needs_compiler(device: torch.device) -> str | None:
+def needs_compiler(device: torch.device) -> str | None:
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "torch.compile needs a C++ compiler"
     return None
 
 
-def _flex_refuses(case: Case, backward: bool) -> str | None:
-    if backward and case.device.type == "cpu":
-        return "FlexAttention has no backward on a CPU"
-    return None
+def package(name: str, import_name: str) -> Callable[[torch.device], str | None]:
+    """Missing without a CUDA device, or without the package."""
 
-
-# ---- other people's kernels
-
-
-def _package(name: str, import_name: str) -> Callable[[torch.device], str | None]:
     def missing(device: torch.device) -> str | None:
         try:
             found = find_spec(import_name) is not None
         except ModuleNotFoundError:  # of the package that should hold it
             found = False
-        return _needs_cuda(device) or (None if found else f"package {name} is not installed")
+        return needs_cuda(device) or (None if found else f"package {name} is not installed")
 
     return missing
-
-
-def _flash_attn(case: Case) -> Attention:
-    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-    return _per_block(case, _tokens_before_heads(flash_attn_func))
-
-
-def _xformers(case: Case) -> Attention:
-    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
-
-    return _per_block(case, _tokens_before_heads(memory_efficient_attention))
-
-
-def _tokens_before_heads(function: Attention) -> Attention:
-    """For kernels on ``[B, T, H, D]``: views, no copies."""
-    return lambda q, k, v: function(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-PROVIDERS = {
-    provider.name: provider
-    for provider in (
-        Provider("ours", "this package", _ours),
-        Provider("sdpa_dense", "SDPA with a dense mask", _dense, refuses=_needs_a_mask),
-        Provider(
-            "sdpa_full",
-            "SDPA without a mask, PyTorch's choice of backend",
-            _sdpa_pinned(None),
-            refuses=_needs_no_mask,
-        ),
-        Provider(
-            "sdpa_per_block",
-            "SDPA once per block",
-            _sdpa_pinned(None),
-            missing=_cpu_only,
-            refuses=_needs_a_mask,
-        ),
-        Provider(
-            "sdpa_flash_per_block",
-            "SDPA once per block, FlashAttention-2 backend",
-            _sdpa_pinned(SDPBackend.FLASH_ATTENTION),
-            missing=_needs_cuda,
-            refuses=_needs_16_bits,
-        ),
-        Provider(
-            "sdpa_cudnn_per_block",
-            "SDPA once per block, cuDNN backend",
-            _sdpa_pinned(SDPBackend.CUDNN_ATTENTION),
-            missing=_needs_cudnn,
-            refuses=_needs_16_bits,
-        ),
-        Provider(
-            "flex",
-            "FlexAttention, compiled, with a compiled BlockMask",
-            _flex(),
-            missing=_needs_compiler,
-            refuses=_flex_refuses,
-        ),
-        Provider(
-            "flex_max_autotune",
-            "FlexAttention, compiled with max-autotune (minutes per shape)",
-            _flex(mode="max-autotune-no-cudagraphs"),
-            missing=_needs_cuda,
-            default=False,
-        ),
-        Provider(
-            "flash_attn_per_block",
-            "flash-attn once per block",
-            _flash_attn,
-            missing=_package("flash-attn", "flash_attn"),
-            refuses=_needs_16_bits,
-        ),
-        Provider(
-            "xformers_per_block",
-            "xformers once per block",
-            _xformers,
-            missing=_package("xformers", "xformers"),
-        ),
-    )
-}
-
-
-def select(names: str | None) -> list[Provider]:
-    """Providers of a comma-separated list, or the default ones."""
-    if not names:
-        return [p for p in PROVIDERS.values() if p.default]
-    wanted = [name.strip() for name in names.split(",")]
-    unknown = [name for name in wanted if name not in PROVIDERS]
-    if unknown:
-        raise ValueError(
-            f"provider: expected some of {', '.join(PROVIDERS)}; got {', '.join(unknown)}"
-        )
-    return [PROVIDERS[name] for name in wanted]
-
-
-if __name__ == "__main__":  # `vidgen info`: what each is, and why this machine lacks it if it does
-    this_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for provider in PROVIDERS.values():
-        reason = provider.missing(this_device)
-        print(f"  {provider.name:22} {provider.summary}{f' [{reason}]' if reason else ''}")

@@ -13,104 +13,35 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, with nothing installed
+
+from bench.groups import ATTENTION, DIRECTIONS, OURS, Group, Suite, groups, merge
+from bench.plots import plot_peak, plot_speedup
+
 RESULTS = Path(__file__).resolve().parent / "results"
-OURS = "ours"
-BASELINES = (
-    "sdpa_dense",
-    "sdpa_full",
-)  # the first that a shape has: what a model does without our kernels
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
-KEY = ("op", "shape", "dtype", "direction", "provider")
 SPEEDUP = re.compile(r"~?([\d.]+)x")
 NOISY = 0.1  # a spread (interquartile range over median) above this is shown
 
-# Okabe and Ito's palette, readable with any colour vision; ours is the strong one.
-COLOURS = {
-    "ours": "#D55E00",
-    "sdpa_dense": "#999999",
-    "sdpa_full": "#666666",
-    "sdpa_per_block": "#009E73",
-    "sdpa_flash_per_block": "#009E73",
-    "sdpa_cudnn_per_block": "#56B4E9",
-    "flex": "#0072B2",
-    "flex_max_autotune": "#CC79A7",
-}
-
-
-@dataclass(frozen=True)
-class Group:
-    """All providers of one op, shape, dtype and direction."""
-
-    op: str
-    shape: str
-    dtype: str
-    direction: str
-    rows: dict[str, dict]  # provider -> extra_info with its `spread`
-    missing: dict[str, dict]  # provider -> why it was not measured
-
-    @property
-    def baseline(self) -> str | None:
-        return next((name for name in BASELINES if name in self.rows), None)
-
-    def speedup(self, provider: str, over: str | None) -> float | None:
-        """How many times faster ``provider`` is than ``over``."""
-        if provider not in self.rows or over not in self.rows:
-            return None
-        return self.rows[over]["median_ms"] / self.rows[provider]["median_ms"]
-
-
-def groups(results: dict) -> list[Group]:
-    found: dict[tuple, Group] = {}
-
-    def group(row: dict) -> Group:
-        key = tuple(row[name] for name in KEY[:-1])
-        return found.setdefault(key, Group(*key, rows={}, missing={}))
-
-    for benchmark in results["benchmarks"]:
-        stats, row = benchmark["stats"], benchmark["extra_info"]
-        group(row).rows[row["provider"]] = {**row, "spread": stats["iqr"] / stats["median"]}
-    for row in results.get("not_measured", []):
-        group(row).missing[row["provider"]] = row
-    return list(found.values())
-
-
-def merge(old: dict, new: dict) -> dict:
-    """Old results, the new ones in their place; a provider is measured or not, never both."""
-
-    def key(row: dict) -> tuple:
-        return tuple(row[name] for name in KEY)
-
-    replaced = {key(b["extra_info"]) for b in new["benchmarks"]} | {
-        key(r) for r in new["not_measured"]
-    }
-    kept = [b for b in old["benchmarks"] if key(b["extra_info"]) not in replaced]
-    reasons = [r for r in old.get("not_measured", []) if key(r) not in replaced]
-    return {
-        **new,
-        "benchmarks": kept + new["benchmarks"],
-        "not_measured": reasons + new["not_measured"],
-    }
-
 
 def file_results(new: dict, folder: Path, keep_old: bool) -> None:
-    """One JSON per op in ``folder``, then its plots and README."""
+    """One JSON per suite in ``folder``, then its plots and README."""
     new.setdefault("not_measured", [])
-    for op in sorted({g.op for g in groups(new)}):
-        of_op = {
+    ops = {g.suite.name: {h.op for h in groups(new) if h.suite is g.suite} for g in groups(new)}
+    for suite, of_suite in ops.items():
+        part = {
             **new,
-            "benchmarks": [b for b in new["benchmarks"] if b["extra_info"]["op"] == op],
-            "not_measured": [r for r in new["not_measured"] if r["op"] == op],
+            "benchmarks": [b for b in new["benchmarks"] if b["extra_info"]["op"] in of_suite],
+            "not_measured": [r for r in new["not_measured"] if r["op"] in of_suite],
         }
-        path = folder / f"{op}.json"
+        path = folder / f"{suite}.json"
         if keep_old and path.exists():
-            of_op = merge(json.loads(path.read_text()), of_op)
-        write(path, json.dumps(of_op, indent=1) + "\n")
+            part = merge(json.loads(path.read_text()), part)
+        write(path, json.dumps(part, indent=1) + "\n")
     regenerate(folder)
 
 
@@ -121,9 +52,10 @@ def regenerate(folder: Path) -> None:
         if "benchmarks" not in results:  # launch configurations live here too
             continue
         found = groups(results)
-        for name, plot in (("speedup", plot_speedup), ("peak", plot_peak)):
-            plot(found, folder / f"{path.stem}_{name}.png")
-        sections.append(markdown(results, found, path.stem))
+        plot_speedup(found, folder / f"{path.stem}_speedup.png")
+        if found[0].suite.peak:
+            plot_peak(found, folder / f"{path.stem}_peak.png")
+        sections.append(markdown(results, found))
     write(folder / "README.md", "\n".join(sections))
 
 
@@ -135,21 +67,20 @@ def cells(group: Group, peers: list[str]) -> list[str]:
     ours = group.rows.get(OURS)
     if ours is None:
         status = group.missing.get(OURS, {}).get("status", "-")
-        return [group.shape, status, "-", "-", "-", "-", *["-"] * len(peers)]
-    rate = f"{ours['tflops']:.3g}" if "tflops" in ours else f"{ours['gbps']:.0f}"
+        return [group.shape, status, *["-"] * (len(headers([group], peers)) - 2)]
     noise = f" ±{ours['spread']:.0%}" if ours["spread"] > NOISY else ""
     return [
         group.shape,
-        f"{_milliseconds(ours['median_ms'])}{noise}",
-        rate,
-        f"{ours['fraction_of_peak']:.0%}",
+        f"{_three_digits(ours['median_ms'])}{noise}",
+        _three_digits(ours[group.suite.rate]),
+        *([f"{ours['fraction_of_peak']:.0%}"] if group.suite.peak else []),
         f"{ours['peak_memory_mb']:.0f}",
         f"{ours['max_error']:.0e}",
         *(_against(group, peer) for peer in peers),
     ]
 
 
-def _milliseconds(x: float) -> str:
+def _three_digits(x: float) -> str:
     return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
@@ -165,12 +96,12 @@ def _against(group: Group, peer: str) -> str:
 
 
 def headers(found: list[Group], peers: list[str]) -> list[str]:
-    unit = "TFLOP/s" if any("tflops" in r for g in found for r in g.rows.values()) else "GB/s"
+    suite = found[0].suite
     return [
         "shape",
-        "ours, ms",
-        unit,
-        "of peak",
+        f"ours, {suite.time}",
+        suite.unit,
+        *(["of peak"] if suite.peak else []),
         "MB",
         "error",
         *(f"vs {p}".replace("_", " ") for p in peers),
@@ -209,25 +140,28 @@ def _extent(some: list[Group], all_of_them: list[Group]) -> str:
 
 
 def print_report(found: list[Group], console: Console) -> None:
-    for (op, dtype, direction), part in _sections(found):
+    for (suite, dtype, direction), part in _sections(found):
         peers = measured_peers(part)
-        table = Table(title=f"{op}, {dtype}, {direction}", title_justify="left")
+        table = Table(title=f"{suite.name}, {dtype}, {direction}", title_justify="left")
         for i, name in enumerate(headers(part, peers)):
             header = name.replace("vs ", "vs\n")
             table.add_column(header, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for group in part:
             table.add_row(*(_coloured(cell) for cell in cells(group, peers)))
         console.print(table)
-    console.print(f"[dim]{LEGEND}[/dim]")
+    for suite in dict.fromkeys(g.suite for g in found):
+        console.print(f"[dim]{suite.name}: {legend(suite)}[/dim]")
     for reason in reasons(found):
         console.print(f"[dim]not measured: {reason}[/dim]", highlight=False)
 
 
-LEGEND = (
-    "vs: how many times faster ours is. of peak: of a large matrix product in the same run. "
-    "MB: most memory of a call. error: largest, relative to the largest reference value. "
-    "~ and ±: interquartile range above 10 %."
-)
+def legend(suite: Suite) -> str:
+    share = f"of peak: of a {suite.peak} in the same run. " if suite.peak else ""
+    return (
+        f"vs: how many times faster ours is. {share}"
+        "MB: most memory of a call. error: largest, relative to the largest reference value. "
+        "~ and ±: interquartile range above 10 %."
+    )
 
 
 def _coloured(cell: str) -> str:
@@ -236,38 +170,36 @@ def _coloured(cell: str) -> str:
     return f"[bold red]{cell}[/]" if cell in ("WRONG", "failed", "wrong") else cell
 
 
-def _sections(found: list[Group]) -> list[tuple[tuple[str, str, str], list[Group]]]:
-    keys = dict.fromkeys((g.op, g.dtype, d) for g in found for d in DIRECTIONS)
+def _sections(found: list[Group]) -> list[tuple[tuple[Suite, str, str], list[Group]]]:
+    keys = dict.fromkeys((g.suite, g.dtype, d) for g in found for d in DIRECTIONS)
     parts = (
-        (key, [g for g in found if (g.op, g.dtype, g.direction) == key and g.rows]) for key in keys
+        (key, [g for g in found if (g.suite, g.dtype, g.direction) == key and g.rows])
+        for key in keys
     )
     return [(key, part) for key, part in parts if part]
 
 
-def markdown(results: dict, found: list[Group], op: str) -> str:
-    machine = results["machine_info"]
+def markdown(results: dict, found: list[Group]) -> str:
+    machine, suite = results["machine_info"], found[0].suite
     commits = sorted({r["commit"] for g in found for r in g.rows.values()})
-    peaks = {
-        g.dtype: r["tflops"] / r["fraction_of_peak"]
-        for g in found
-        for r in g.rows.values()
-        if "tflops" in r
-    }
+    peaks = {g.dtype: _peak(g, r) for g in found for r in g.rows.values() if suite.peak}
     lines = [
-        f"# {op.capitalize()} on {machine['gpu']}",
+        f"# {suite.name.capitalize()} on {machine['gpu']}",
         "",
         "Generated by `bench/report.py` from the JSON beside it; do not edit.",
         "",
         f"* torch {machine['torch']}, triton {machine['triton']}, commit {', '.join(commits)}, "
         f"{results['datetime'][:10]}",
-        *(f"* peak measured in the same run, {d}: {peak:.3g} TFLOP/s" for d, peak in peaks.items()),
+        *(
+            f"* peak measured in the same run, {dtype}: {peak:.3g} {suite.unit}"
+            for dtype, peak in peaks.items()
+        ),
         *(f"* {caveat}" for caveat in caveats(machine)),
-        f"* {LEGEND}",
+        f"* {legend(suite)}",
         "",
-        f"![speed-up over the dense mask]({op}_speedup.png)",
+        f"![speed-up]({suite.name}_speedup.png)",
         "",
-        f"![share of peak]({op}_peak.png)",
-        "",
+        *([f"![share of peak]({suite.name}_peak.png)", ""] if suite.peak else []),
     ]
     for (_, dtype, direction), part in _sections(found):
         peers = measured_peers(part)
@@ -277,14 +209,19 @@ def markdown(results: dict, found: list[Group], op: str) -> str:
             *_markdown_table(headers(part, peers), part, peers),
             "",
         ]
-    lines += ["## Mask creation, ms, once per layout and not part of the times above", ""]
-    lines += _mask_table(found)
-    lines += ["", "## Not measured", "", *(f"* {reason}" for reason in reasons(found)), ""]
+    if suite is ATTENTION:
+        lines += ["## Mask creation, ms, once per layout and not part of the times above", ""]
+        lines += [*_mask_table(found), ""]
+    lines += ["## Not measured", "", *(f"* {reason}" for reason in reasons(found)), ""]
     return "\n".join(lines)
 
 
+def _peak(group: Group, row: dict) -> float:
+    return row[group.suite.rate] / row["fraction_of_peak"]
+
+
 REDUCED_NOTE = (
-    "**reduced set** for a CPU: real token layouts at batch 1 and at most 8 heads; "
+    "**reduced set** for a CPU: real layouts with small batches and few heads; "
     "says nothing about a GPU"
 )
 
@@ -313,92 +250,6 @@ def _mask_table(found: list[Group]) -> list[str]:
         times = (g.rows.get(name, {}).get("mask_ms") for name in names)
         rows.append([g.shape, *("-" if t is None else f"{t:.2g}" for t in times)])
     return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-# ---- plots
-
-
-def plot_speedup(found: list[Group], path: Path) -> None:
-    """Speed-up over the dense mask; the bar is what skipping hidden pairs alone can give."""
-
-    def draw(axes, y: int, group: Group) -> None:
-        baseline = group.baseline
-        bound = 1 / next(iter(group.rows.values())).get("density", 1)
-        axes.barh(y, bound, height=0.7, color="#EEEEEE", zorder=0)
-        for provider in group.rows:
-            if (speedup := group.speedup(provider, over=baseline)) is not None:
-                _dot(axes, speedup, y, provider)
-
-    _dot_plot(
-        found, path, draw, "times faster than a dense mask (grey: pairs / visible pairs)", start=1
-    )
-
-
-def plot_peak(found: list[Group], path: Path) -> None:
-    """Share of the machine's peak, counting visible pairs only."""
-
-    def draw(axes, y: int, group: Group) -> None:
-        for provider, row in group.rows.items():
-            _dot(axes, 100 * row["fraction_of_peak"], y, provider)
-
-    _dot_plot(found, path, draw, "useful work, % of measured peak", start=0)
-
-
-def _dot(axes, x: float, y: int, provider: str) -> None:
-    is_ours = provider == OURS
-    colour = COLOURS.get(provider, "#E69F00")
-    axes.scatter(
-        x, y, s=60 if is_ours else 34, color=colour, zorder=3 if is_ours else 2, label=provider
-    )
-
-
-def _dot_plot(found: list[Group], path: Path, draw, label: str, start: float) -> None:
-    """A row per shape, a panel per direction, a dot per provider."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = [g for g in found if g.rows]
-    shapes = list(dict.fromkeys((g.shape, g.dtype) for g in found))
-    directions = [d for d in DIRECTIONS if any(g.direction == d for g in found)]
-    size = (2.5 + 3.6 * len(directions), 1.6 + 0.3 * len(shapes))
-    figure, panels = pyplot.subplots(
-        1,
-        len(directions),
-        figsize=size,
-        sharey=True,
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, direction in zip(panels[0], directions, strict=True):
-        for group in found:
-            if group.direction == direction:
-                draw(axes, shapes.index((group.shape, group.dtype)), group)
-        axes.axvline(start, color="black", linewidth=0.8, zorder=1)
-        axes.set_title(direction, fontsize=10)
-        axes.grid(axis="both", color="#DDDDDD", linewidth=0.5, zorder=0)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(left=False, labelsize=8)
-    first = panels[0][0]
-    first.set_xlim(left=0)
-    first.set_yticks(range(len(shapes)), [f"{shape}  {dtype}" for shape, dtype in shapes])
-    first.set_ylim(len(shapes) - 0.5, -0.5)
-    figure.supxlabel(label, fontsize=9)
-    entries = {}
-    for axes in panels[0]:
-        entries |= {
-            name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-    figure.legend(
-        entries.values(), entries, loc="outside upper center", ncols=4, fontsize=8, frameon=False
-    )
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=130)
-    os.replace(temporary, path)
-    pyplot.close(figure)
 
 
 # ---- files

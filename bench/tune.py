@@ -1,190 +1,155 @@
 """Finds launch configurations: candidates are compiled in parallel, checked, timed.
 
-``python bench/tune.py [--kernels fwd,dq,dkdv] [--head-dims 64,128] [--output FILE]`` on a GPU. What
-was timed before is read back from FILE, so a run that is cut short goes on. It prints the rows for
+``python bench/tune.py [--only 'fwd-*,residual_norm_*'] [--output FILE]`` on a GPU. What was timed
+before is read back from FILE, so a run that is cut short goes on. It prints the entries for
 ``vidgen_kernels/configs.py``; the library itself never tunes at run time.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
+from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from itertools import product
+from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import measure, providers
+from bench import measure
 from bench.cases import TOLERANCE, Case
 from bench.report import RESULTS, folder_name, write
-from vidgen.shapes import REAL
+from bench.subjects import Subject, subjects
 
-KERNELS = ("fwd", "dq", "dkdv")
-
-# The shape a head dim is tuned on: long, and as ragged as the models are.
-SHAPES = {64: "pyramid_768p_u15_s2_h30", 96: "frames_16x1024_d96", 128: "wan_1.3b_block_causal"}
 SAMPLES, FINALISTS = 15, 4
 
 
-def candidates(kernel: str, head_dim: int) -> list[dict]:
-    """Tiles, warps and stages worth a try; compiling finds out what does not fit the GPU."""
-    rows, columns = (
-        ((32, 64, 128), (64, 128)) if kernel == "dkdv" else ((64, 128, 256), (32, 64, 128))
-    )
-    grid = product(rows, columns, (4, 8), (2, 3))
-    found = [
-        dict(zip(("block_m", "block_n", "num_warps", "num_stages"), c, strict=True)) for c in grid
-    ]
-    # 16 rows per warp at least, and 32 KB of scores in registers at most
-    return [c for c in found if c["block_m"] >= 16 * c["num_warps"] / 2 and _area(c) <= 128 * 128]
+def steps_of(case: Case, subject: Subject) -> list[measure.Step]:
+    function = subject.suite.providers["ours"].setup(case)
+    return measure.make_steps(case, function, subject.backward)
 
 
-def _area(config: dict) -> int:
-    return config["block_m"] * config["block_n"]
-
-
-@contextmanager
-def forced(kernel: str, config: dict):
-    """``kernel`` launches with ``config``, the others as the library says."""
-    engine = importlib.import_module("vidgen_kernels.interval_attention")
-    configs = importlib.import_module("vidgen_kernels.configs")
-    library = engine.lookup
-
-    def lookup(name: str, *args):
-        return configs.LaunchConfig(**config) if name == kernel else library(name, *args)
-
-    engine.lookup = lookup
-    try:
-        yield
-    finally:
-        engine.lookup = library
-
-
-def make_case(head_dim: int) -> Case:
-    shape = next(s for s in REAL if s.name == SHAPES[head_dim])
-    return Case.make(shape, torch.bfloat16, torch.device("cuda"))
-
-
-def steps_of(case: Case, kernel: str) -> list[measure.Step]:
-    attention = providers.PROVIDERS["ours"].setup(case)
-    return measure.make_steps(case, attention, backward=kernel != "fwd")
-
-
-def compile_one(job: tuple[str, int, dict]) -> str:
+def compile_one(job: tuple[str, Any]) -> str:
     """In a process of its own: fills Triton's cache. The reason where it does not compile."""
-    kernel, head_dim, config = job
+    name, config = job
+    subject = next(s for s in subjects() if s.name == name)
     try:
-        with forced(kernel, config):
-            for step in steps_of(make_case(head_dim), kernel):
+        with subject.forced(config):
+            for step in steps_of(subject.case(), subject):
                 step()
         torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        return ""  # too many at once; compiled or not, one alone has room
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return _reason(error)
     return ""
 
 
-def time_one(case: Case, kernel: str, config: dict) -> dict:
+def time_one(case: Case, subject: Subject, config: Any) -> dict:
     """Median milliseconds of the pass, or why the candidate is out.
 
-    dQ and dK/dV are timed as one backward: the other kernel adds the same to every candidate.
+    Kernels of one backward are timed together: the others add the same to every candidate.
     """
-    attention = providers.PROVIDERS["ours"].setup(case)
+    function = subject.suite.providers["ours"].setup(case)
     try:
-        with forced(kernel, config):
-            error = case.disagreement(attention, backward=kernel != "fwd")
+        with subject.forced(config):
+            error = case.disagreement(function, subject.backward)
             if not error <= TOLERANCE[case.dtype]:
                 return {"reason": f"wrong: error {error:.1e}"}
-            return {"ms": _milliseconds(steps_of(case, kernel), case.device), "max_error": error}
+            steps = steps_of(case, subject)
+            times = [measure.time_steps(steps, case.device)[-1] for _ in range(SAMPLES)]
+            return {"ms": 1e3 * statistics.median(times), "max_error": error}
     except Exception as error:
         torch.cuda.empty_cache()
-        return {"reason": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
+        return {"reason": _reason(error)}
 
 
-def _milliseconds(steps: list[measure.Step], device: torch.device) -> float:
-    return 1e3 * statistics.median(measure.time_steps(steps, device)[-1] for _ in range(SAMPLES))
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
 
 
-def play_off(case: Case, kernel: str, configs: list[dict]) -> dict:
+def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
     """The finalists once more, in turns: candidates timed minutes apart met different clocks."""
-    times: dict[int, list[float]] = {i: [] for i in range(len(configs))}
-    steps = steps_of(case, kernel)
+    times: dict[int, list[float]] = {i: [] for i in range(len(finalists))}
+    steps = steps_of(case, subject)
     for _ in range(SAMPLES):
-        for i, config in enumerate(configs):
-            with forced(kernel, config):
+        for i, config in enumerate(finalists):
+            with subject.forced(config):
                 times[i].append(measure.time_steps(steps, case.device)[-1])
-    return configs[min(times, key=lambda i: statistics.median(times[i]))]
+    return finalists[min(times, key=lambda i: statistics.median(times[i]))]
 
 
-def tune(kernels: list[str], head_dims: list[int], path: Path, seconds: float) -> dict:
-    """``{kernel: {head dim: {"best": ..., "timed": [...]}}}``, written as it grows."""
+def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
+    """``{"subjects": {name: {"best": ..., "timed": [...]}}}``, written as it grows."""
     stop = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability()
     found = json.loads(path.read_text()) if path.exists() else {}
     found.update(arch=10 * major + minor, **measure.environment())
-    results = found.setdefault("kernels", {})
-    todo = []
-    for kernel, head_dim in product(kernels, head_dims):
-        entry = results.setdefault(kernel, {}).setdefault(str(head_dim), {"timed": []})
-        known = [{k: v for k, v in t.items() if k in _FIELDS} for t in entry["timed"]]
-        todo += [(kernel, head_dim, c) for c in candidates(kernel, head_dim) if c not in known]
-    reasons = precompile(todo)
-    cases = {head_dim: make_case(head_dim) for head_dim in head_dims}
-    for (kernel, head_dim, config), reason in zip(todo, reasons, strict=True):
-        if time.monotonic() > stop:
-            print("time is up: run again to go on")
-            break
-        outcome = {"reason": reason} if reason else time_one(cases[head_dim], kernel, config)
-        results[kernel][str(head_dim)]["timed"].append({**config, **outcome})
-        print(
-            kernel, head_dim, *config.values(), outcome.get("ms", outcome.get("reason")), flush=True
-        )
-        write(path, json.dumps(found, indent=1) + "\n")
-    for kernel, head_dim in product(kernels, head_dims):
-        entry = results[kernel][str(head_dim)]
-        timed = sorted((t for t in entry["timed"] if "ms" in t), key=lambda t: t["ms"])
-        finalists = [{k: t[k] for k in _FIELDS} for t in timed[:FINALISTS]]
-        if finalists:
-            entry["best"] = play_off(cases[head_dim], kernel, finalists)
-    write(path, json.dumps(found, indent=1) + "\n")
+    results = found.setdefault("subjects", {})
+    todo = {}
+    for subject in chosen:
+        entry = results.setdefault(subject.name, {"shape": subject.shape, "timed": []})
+        known = [row["config"] for row in entry["timed"]]
+        todo[subject] = [c for c in subject.candidates() if asdict(c) not in known]
+    jobs = [(subject.name, config) for subject, configs in todo.items() for config in configs]
+    reasons = dict(zip(jobs, precompile(jobs, seconds / 2), strict=True))
+    for subject, configs in todo.items():
+        if not configs:
+            continue
+        case, entry = subject.case(), results[subject.name]
+        for config in configs:
+            reason = reasons[subject.name, config]
+            if reason is None or time.monotonic() > stop:
+                print("time is up: run again to go on")
+                return found
+            outcome = {"reason": reason} if reason else time_one(case, subject, config)
+            entry["timed"].append({"config": asdict(config), **outcome})
+            print(subject.name, config, outcome.get("ms", outcome.get("reason")), flush=True)
+            write(path, json.dumps(found, indent=1) + "\n")
+        best = sorted((t for t in entry["timed"] if "ms" in t), key=lambda t: t["ms"])[:FINALISTS]
+        if best:
+            kind = type(configs[0])
+            winner = play_off(case, subject, [kind(**t["config"]) for t in best])
+            entry["best"] = asdict(winner)
+            entry["snippet"] = subject.snippet(winner, found["arch"])
+            write(path, json.dumps(found, indent=1) + "\n")
     return found
 
 
-_FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
+def precompile(jobs: list[tuple[str, Any]], seconds: float) -> list[str | None]:
+    """Why each job does not compile, "" where it does, None where there was no time for it.
 
-
-def precompile(jobs: list[tuple[str, int, dict]]) -> list[str]:
-    """Why each job does not compile, "" where it does. All processes share Triton's cache."""
+    All processes share Triton's cache.
+    """
     if not jobs:
         return []
+    stop = time.monotonic() + seconds
     n_workers = min(len(jobs), max(1, (os.cpu_count() or 2) - 2), 12)
     print(f"compiling {len(jobs)} candidates in {n_workers} processes", flush=True)
     with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_one, jobs))
-
-
-def snippet(found: dict) -> str:
-    """The rows for ``INTERVAL_ATTENTION`` in configs.py."""
-    lines = []
-    for kernel, by_head_dim in found["kernels"].items():
-        for head_dim, entry in by_head_dim.items():
-            if "best" in entry:
-                numbers = ", ".join(str(entry["best"][k]) for k in _FIELDS)
-                lines.append(f'("{kernel}", 16): {head_dim}: {{{found["arch"]}: C({numbers})}},')
-    return "\n".join(lines)
+        running = [pool.submit(compile_one, job) for job in jobs]
+        reasons = []
+        for job in running:
+            try:
+                left = min(stop - time.monotonic(), 24 * 3600)  # forever is too long for a wait
+                reasons.append(job.result(max(0.0, left)))
+            except futures.TimeoutError:
+                reasons.append(None)
+        pool.shutdown(wait=True, cancel_futures=True)
+    return reasons
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Sweep launch configurations on this GPU.")
-    parser.add_argument("--kernels", default=",".join(KERNELS), help="default: %(default)s")
-    parser.add_argument("--head-dims", default="64,128", help=f"of {', '.join(map(str, SHAPES))}")
+    known = {subject.name: subject for subject in subjects()}
+    parser.add_argument("--only", default="*", help=f"patterns, of {', '.join(known)}")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="time no candidate after this"
     )
@@ -192,19 +157,17 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, help="default: bench/results/<gpu>/launch_configs.json"
     )
     args = parser.parse_args(argv)
-    kernels, head_dims = args.kernels.split(","), [int(d) for d in args.head_dims.split(",")]
-    if unknown := [k for k in kernels if k not in KERNELS] or [
-        d for d in head_dims if d not in SHAPES
-    ]:
-        parser.error(
-            f"expected kernels of {KERNELS} and head dims of {tuple(SHAPES)}, got {unknown}"
-        )
+    patterns = args.only.split(",")
+    chosen = [s for name, s in known.items() if any(fnmatch(name, p) for p in patterns)]
+    if not chosen:
+        parser.error(f"--only: {args.only} matches none of {', '.join(known)}")
     if not torch.cuda.is_available():
         print("tune.py: error: needs a CUDA device", file=sys.stderr)
         return 1
     folder = RESULTS / folder_name(torch.cuda.get_device_name())
-    found = tune(kernels, head_dims, args.output or folder / "launch_configs.json", args.seconds)
-    print(snippet(found))
+    found = tune(chosen, args.output or folder / "launch_configs.json", args.seconds)
+    for entry in found["subjects"].values():
+        print(entry.get("snippet", ""))
     return 0
 
 

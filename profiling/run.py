@@ -27,20 +27,32 @@ import ranges  # noqa: E402
 import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from bench.cases import Case  # noqa: E402
-from bench.providers import PROVIDERS  # noqa: E402
-from vidgen.shapes import SETS, AttentionShape  # noqa: E402
+from bench.cases import Case, Function, as_tuple  # noqa: E402
+from bench.suites import SUITES  # noqa: E402
 
-OPS = {"attention": {shape.name: shape for shapes in SETS.values() for shape in shapes}}
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-DEFAULTS = {  # shape, dtype
-    "cuda": ("pyramid_768p_u15_s2_h30", "bf16"),
-    "cpu": ("cpu_frames_8x512", "fp32"),
+DEFAULTS = {  # dtype, shape of each suite
+    "cuda": (
+        "bf16",
+        {
+            "attention": "pyramid_768p_u15_s2_h30",
+            "memory": "segment_n4-repvideo_2b",
+            "models": "flux_train_384p",
+        },
+    ),
+    "cpu": (
+        "fp32",
+        {
+            "attention": "cpu_frames_8x512",
+            "memory": "segment_n4-cpu_repvideo",
+            "models": "cpu_flux_train_384p",
+        },
+    ),
 }
 WARM_UP = 3
 CALLS = {"torch": 5, "nsys": 5, "ncu": 1}  # ncu replays each kernel as often as its counters ask
@@ -48,15 +60,18 @@ CALLS = {"torch": 5, "nsys": 5, "ncu": 1}  # ncu replays each kernel as often as
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, dtype = DEFAULTS[device]
+    dtype, shapes = DEFAULTS[device]
     parser = argparse.ArgumentParser(prog="vidgen profile", description=__doc__.split(":")[0] + ".")
-    parser.add_argument("--op", choices=OPS, default="attention")
     parser.add_argument(
-        "--shape", default=shape, help="a name of vidgen/shapes.py (default: %(default)s)"
+        "--op",
+        choices=SUITES,
+        default="attention",
+        help="memory: any other operator; models: a whole step",
     )
     parser.add_argument(
-        "--provider", choices=PROVIDERS, default="ours", help="or a baseline, to compare"
+        "--shape", help=f"a shape that `vidgen bench` names (default: {', '.join(shapes.values())})"
     )
+    parser.add_argument("--provider", default="ours", help="or a baseline, to compare")
     parser.add_argument("--direction", choices=("fwd", "bwd", "fwd+bwd"), default="fwd+bwd")
     parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="(default: %(default)s)")
     parser.add_argument(
@@ -75,8 +90,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="where reports go (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    if args.shape not in (shapes := OPS[args.op]):
-        parser.error(f"--shape: expected one of {', '.join(shapes)}; got {args.shape}")
+    args.shape = args.shape or shapes[args.op]
+    suite = SUITES[args.op]
+    for name, known in (("shape", suite.names), ("provider", suite.providers)):
+        if (chosen := getattr(args, name)) not in known:
+            parser.error(f"--{name}: expected one of {', '.join(known)}; got {chosen}")
     if args.dry_run and args.mode not in ("nsys", "ncu"):
         parser.error("--dry-run: only nsys and ncu have a command to print")
     args.device = torch.device(device)
@@ -84,19 +102,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def prepare(
-    shape: AttentionShape, provider: str, direction: str, dtype: torch.dtype, device: torch.device
-) -> Callable[[int], Callable[[], None]]:
+def prepare(case: Case, function: Function, direction: str) -> Callable[[int], Callable[[], None]]:
     """``prepare(...)(n)`` does all that is not profiled and returns the ``n`` calls that are."""
-    case = Case.make(shape, dtype, device)
-    attention = PROVIDERS[provider].setup(case)
-    leaves = [x.detach().requires_grad_(direction != "fwd") for x in (case.q, case.k, case.v)]
+    leaves = [x.detach().requires_grad_(direction != "fwd") for x in case.leaves]
 
-    def forward() -> torch.Tensor:
-        return attention(*leaves)
+    def forward() -> tuple[torch.Tensor, ...]:
+        return as_tuple(function(*leaves))
 
-    def backward(out: torch.Tensor) -> None:
-        torch.autograd.grad(out, leaves, case.do)
+    upstream = case.upstream(forward()) if direction != "fwd" else []
+
+    def backward(outputs: tuple[torch.Tensor, ...]) -> None:
+        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
     def calls(n: int) -> Callable[[], None]:
         outs = [forward() for _ in range(n)] if direction == "bwd" else []
@@ -161,8 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     stem = args.output / "-".join(words).replace(".", "p")
     if args.mode in ("nsys", "ncu"):
         return by_script(args, stem)
-    shape = OPS[args.op][args.shape]
-    calls = prepare(shape, args.provider, args.direction, DTYPES[args.dtype], args.device)
+    suite = SUITES[args.op]
+    case = suite.make(suite.find(args.shape), DTYPES[args.dtype], args.device)
+    calls = prepare(case, suite.providers[args.provider].setup(case), args.direction)
     for _ in range(WARM_UP):
         calls(1)()
     work = calls(args.calls)

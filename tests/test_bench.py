@@ -9,21 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import measure, providers, report, tune
-from bench.cases import Case
+from bench import gpu, groups, measure, report, subjects
+from bench.memory_calls import MemoryCall
+from bench.memory_cases import CASES, MemoryCase
+from bench.model_cases import STEPS, ModelCase, ModelStep
+from bench.suites import ATTENTION, MEMORY, MODELS, SUITES
 from vidgen import cli
-from vidgen.shapes import REAL, REDUCED, TOY, nova_sets, pyramid_blocks
+from vidgen.eager import interval_attention
+from vidgen.ops import EAGER as EAGER_OPS
+from vidgen.ops import FUSED, IntervalMask
+from vidgen.pyramid_flow.example import TrainingExample
+from vidgen.shapes import REAL, TOY, nova_sets, pyramid_blocks
+from vidgen_kernels import configs
 
 pytestmark = pytest.mark.portable_only
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 CONTRACT = {
-    *("op", "shape", "dtype", "direction", "provider", "median_ms", "tflops", "fraction_of_peak"),
+    *("op", "shape", "dtype", "direction", "provider", "median_ms", "model"),
     *("peak_memory_mb", "max_error", "gpu", "commit", "torch", "triton"),
 }
-DENSE = providers.PROVIDERS["sdpa_dense"]
+DENSE, EAGER = ATTENTION.providers["sdpa_dense"], MEMORY.providers["eager"]
 
 
 # ---- shapes
@@ -39,32 +48,57 @@ def test_shapes_follow_the_models_formulas() -> None:
 
 
 def test_shape_names_are_unique() -> None:
-    names = [shape.name for shape in (*REAL, *REDUCED, *TOY)]
+    names = [name for suite in SUITES.values() for name in suite.names]
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("shape", TOY, ids=lambda s: s.name)
 def test_visible_pairs_are_those_of_the_mask(shape) -> None:
-    case = Case.make(shape, torch.float32, CPU)
+    case = ATTENTION.make(shape, torch.float32, CPU)
     assert int(case.dense_mask().sum()) == shape.visible_pairs
+
+
+@pytest.mark.parametrize("case", CASES["reduced"], ids=lambda c: c.name)
+def test_floors_are_the_tensors_that_a_call_reads_and_writes(case: MemoryCase) -> None:
+    """What forward reads and writes, counted; vectors and positions make the small difference."""
+    with FakeTensorMode(), torch.no_grad():
+        inputs = case.inputs(torch.bfloat16, "cpu")
+        outputs = case.call(FUSED, inputs)
+    # older entries are for the backward, which sums them again
+    read = [x for name, x in inputs.items() if not (name.startswith("older") and "total" in inputs)]
+    n_bytes = sum(x.nbytes for x in read)
+    for x in outputs:  # v of a single stream stays where it is
+        is_view = any(x.untyped_storage()._cdata == y.untyped_storage()._cdata for y in read)
+        n_bytes += -x.nbytes if is_view else x.nbytes
+    assert n_bytes == pytest.approx(case.floor(torch.bfloat16).fwd, rel=0.01)
+
+
+@pytest.mark.parametrize("spec", STEPS["toy"], ids=lambda s: s.name)
+def test_tokens_of_a_step_are_those_of_its_clips(spec: ModelStep) -> None:
+    example = MODELS.make(spec, torch.float32, CPU).example
+    if isinstance(example, TrainingExample):
+        clips = [clip for column in example.columns(EAGER_OPS) for clip in column.clips]
+    else:
+        clips = example.clips
+    assert spec.n_tokens == sum(clip[:, 0].numel() // 4 for clip in clips)
 
 
 # ---- the gate
 
 
-def off_by_one_key(case: Case):
+def off_by_one_key(case):
     """A provider whose every query sees one key too few or too many."""
     mask = case.dense_mask()
     mask[:, -1] = ~mask[:, -1]
     return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
 
-def wrong_gradient(case: Case):
+def wrong_gradient(case):
     right = DENSE.setup(case)
     return lambda q, k, v: right(q, k, v.detach() + 0.9 * (v - v.detach()))
 
 
-def raises(case: Case):
+def raises(case):
     raise RuntimeError("this peer broke\nand says more")
 
 
@@ -72,15 +106,97 @@ def raises(case: Case):
 @pytest.mark.parametrize("shape", [s for s in TOY if not s.is_full], ids=lambda s: s.name)
 def test_a_wrong_provider_is_reported_as_wrong(shape, setup) -> None:
     planted = dataclasses.replace(DENSE, name="planted", setup=setup)
-    outcomes = measure.measure_group(shape, torch.float64, True, [DENSE, planted], CPU, once=True)
+    case = ATTENTION.make(shape, torch.float64, CPU)
+    outcomes = measure.measure_group(case, True, [DENSE, planted], once=True)
     assert outcomes["sdpa_dense"].status == "measured"
     assert outcomes["planted"].status == "wrong"
     assert not outcomes["planted"].samples
 
 
+def perturbed(call: MemoryCall):
+    """The right outputs but for one element."""
+    right = EAGER.setup(call)
+
+    def function(*leaves):
+        first, *others = measure.as_tuple(right(*leaves))
+        bump = torch.zeros(first.shape, dtype=first.dtype)
+        bump.view(-1)[-1] = 1e-2
+        return first + bump, *others
+
+    return function
+
+
+def without_a_gradient(call: MemoryCall):
+    """Most of the gradient of the first input is lost."""
+    right = EAGER.setup(call)
+    return lambda x, *others: right(x.detach() + 0.1 * (x - x.detach()), *others)
+
+
+PLANTED_IN = ("segment_n4", "qk_norm_rope", "renoise_drawn", "dpm_step")
+
+
+@pytest.mark.parametrize("setup", [perturbed, without_a_gradient])
+@pytest.mark.parametrize("spec", [c for c in CASES["toy"] if c.variant in PLANTED_IN])
+def test_a_wrong_memory_provider_is_reported_as_wrong(spec: MemoryCase, setup) -> None:
+    planted = dataclasses.replace(EAGER, name="planted", setup=setup)
+    case = MEMORY.make(spec, torch.float64, CPU)
+    outcomes = measure.measure_group(case, True, [EAGER, planted], once=True)
+    assert outcomes["eager"].status == "measured", outcomes["eager"].reason
+    assert outcomes["planted"].status == "wrong"
+
+
+@pytest.mark.parametrize("spec", CASES["toy"], ids=lambda s: s.name)
+def test_providers_agree_on_memory_cases(spec: MemoryCase) -> None:
+    case = MEMORY.make(spec, torch.float32, CPU)
+    chosen = [MEMORY.providers[name] for name in ("ours", "eager", "official")]
+    for backward in (False, True):
+        outcomes = measure.measure_group(case, backward, chosen, once=True)
+        assert {o.status for o in outcomes.values()} <= {"measured", "unavailable"}, outcomes
+        assert outcomes["ours"].samples
+
+
+@pytest.mark.parametrize("spec", STEPS["toy"], ids=lambda s: s.name)
+def test_providers_agree_on_steps_of_models(spec: ModelStep) -> None:
+    def without_mask(case: ModelCase):
+        def attention(q, k, v, mask: IntervalMask):
+            everything = IntervalMask.block_causal([k.shape[2]], device=k.device)
+            return interval_attention(q, k, v, everything)
+
+        return case.function(EAGER_OPS._replace(interval_attention=attention))
+
+    case = MODELS.make(spec, torch.float64, CPU)
+    ours, eager = (MODELS.providers[name] for name in ("ours", "eager"))
+    planted = dataclasses.replace(eager, name="planted", setup=without_mask)
+    for backward in (False, True):
+        outcomes = measure.measure_group(case, backward, [ours, eager, planted], once=True)
+        statuses = {name: outcome.status for name, outcome in outcomes.items()}
+        assert statuses == {"ours": "measured", "eager": "measured", "planted": "wrong"}, outcomes
+
+
+def test_compiled_blocks_have_the_parameters_of_the_model() -> None:
+    """Not compiled here, which takes minutes: only exchanged."""
+    case = MODELS.make(STEPS["toy"][0], torch.float32, CPU)
+    called = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args):
+            called.append(self.block)
+            return self.block(*args)
+
+    function = case.function(EAGER_OPS, Watched)
+    assert case.disagreement(function, backward=True) <= case.allowed(backward=True)
+    assert len(called) == 2
+    assert not any(isinstance(module, Watched) for module in case.model.modules())
+
+
 def test_a_provider_that_raises_is_a_result() -> None:
     planted = dataclasses.replace(DENSE, name="planted", setup=raises)
-    outcomes = measure.measure_group(TOY[0], torch.float32, False, [DENSE, planted], CPU, once=True)
+    case = ATTENTION.make(TOY[0], torch.float32, CPU)
+    outcomes = measure.measure_group(case, False, [DENSE, planted], once=True)
     assert outcomes["planted"].status == "failed"
     assert outcomes["planted"].reason == "RuntimeError: this peer broke"
     assert set(outcomes["sdpa_dense"].samples) == {"fwd"}
@@ -101,30 +217,36 @@ def test_peak_memory_of_a_cpu_call() -> None:
 
 
 def test_results_keep_the_contract(tmp_path: Path) -> None:
-    """Measured by pytest itself on a toy shape, as a user would."""
+    """Measured by pytest itself on toy shapes, as a user would."""
+    expected = {  # shape: providers, their unit, those that are not here
+        "toy_frames": ({"ours", "sdpa_dense"}, "tflops", {"flash_attn_per_block"}),
+        "segment_n4-toy": ({"ours", "eager"}, "gbps", {"liger"}),
+        "flux_train_toy": ({"ours", "eager"}, "tokens_per_s", set()),
+    }
     path = tmp_path / "results.json"
-    chosen = [
-        "--shape-set=toy",
-        "--shapes=toy_frames",
-        "--providers=ours,sdpa_dense,flash_attn_per_block",
-    ]
-    command = [sys.executable, "-m", "pytest", "bench/", "-q", f"--benchmark-json={path}", *chosen]
+    names = {name for here, _, absent in expected.values() for name in here | absent}
+    chosen = [f"--shapes={','.join(expected)}", f"--providers={','.join(names)}"]
+    command = [sys.executable, "-m", "pytest", "bench/", "-q", f"--benchmark-json={path}"]
+    command += ["--shape-set=toy", *chosen]
     # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist
     kept = {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(path.read_text())
-
-    infos = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    keys = {(info["provider"], info["direction"]) for info in infos}
-    assert keys == {(p, d) for p in ("ours", "sdpa_dense") for d in report.DIRECTIONS}
-    for benchmark, info in zip(results["benchmarks"], infos, strict=True):
-        assert set(info) >= CONTRACT
-        assert info["median_ms"] == pytest.approx(1e3 * benchmark["stats"]["median"])
-        assert 0 < info["max_error"] < 1e-5
+    for shape, (here, unit, absent) in expected.items():
+        of_shape = [b for b in results["benchmarks"] if b["extra_info"]["shape"] == shape]
+        keys = {(b["extra_info"]["provider"], b["extra_info"]["direction"]) for b in of_shape}
+        assert keys == {(p, d) for p in here for d in groups.DIRECTIONS}
+        for benchmark in of_shape:
+            info = benchmark["extra_info"]
+            assert set(info) >= {*CONTRACT, unit}
+            assert ("fraction_of_peak" in info) == (unit in measure.RATES)
+            assert info["median_ms"] == pytest.approx(1e3 * benchmark["stats"]["median"])
+            assert 0 < info["max_error"] < 1e-4
+        missing = [row for row in results["not_measured"] if row["shape"] == shape]
+        assert {row["provider"] for row in missing} == absent
+        assert all(row["reason"] for row in missing)
     assert "node" not in results["machine_info"]
-    assert {row["provider"] for row in results["not_measured"]} == {"flash_attn_per_block"}
-    assert all(row["reason"] for row in results["not_measured"])
 
 
 def invented_results() -> dict:
@@ -168,13 +290,61 @@ def test_report_is_generated_from_results(tmp_path: Path, capsys) -> None:
     assert "| frames | 2 | 0.1 | 50% | 3 | 1e-06 | ~2.50x | WRONG |" in text
 
 
+def test_memory_report_has_bandwidth_and_its_own_files(tmp_path: Path) -> None:
+    results = invented_results()
+    for row in [b["extra_info"] for b in results["benchmarks"]] + results["not_measured"]:
+        row.update(op="mix", shape="mix_n4-rows")
+        row["provider"] = row["provider"].replace("sdpa_dense", "eager")
+        row["gbps"] = 1e3 * row.pop("tflops", 0)
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps(results))
+    assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
+    files = {p.name for p in (tmp_path / "cpu").iterdir()}
+    assert files == {"README.md", "memory.json", "memory_peak.png", "memory_speedup.png"}
+    text = (tmp_path / "cpu" / "README.md").read_text()
+    assert "| mix_n4-rows | 2 | 100 | 50% | 3 | 1e-06 | ~2.50x | WRONG |" in text
+    assert "fp32: 200 GB/s" in text and "Mask creation" not in text
+
+
+def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
+    results = invented_results()
+    for row in [b["extra_info"] for b in results["benchmarks"]] + results["not_measured"]:
+        row.update(op="model", shape="flux_train_384p")
+        row["provider"] = row["provider"].replace("sdpa_dense", "eager")
+        row["tokens_per_s"] = 1e4 * row.pop("tflops", 0)
+        row.pop("fraction_of_peak", None)
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps(results))
+    assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
+    files = {p.name for p in (tmp_path / "cpu").iterdir()}
+    assert files == {"README.md", "models.json", "models_speedup.png"}
+    text = (tmp_path / "cpu" / "README.md").read_text()
+    assert "| shape | ours, ms/step | tokens/s | MB | error | vs eager | vs planted |" in text
+    assert "| flux_train_384p | 2 | 1000 | 3 | 1e-06 | ~2.50x | WRONG |" in text
+    assert "peak" not in text
+
+
+def test_a_shape_is_finished_when_all_directions_are_there(tmp_path: Path) -> None:
+    results = invented_results()
+    path = tmp_path / "attention.json"
+    path.write_text(json.dumps(results))
+    assert gpu._finished(path) == set()
+    rows = [b for b in results["benchmarks"] if b["extra_info"]["provider"] == "ours"]
+    for direction in ("bwd", "fwd+bwd"):
+        results["benchmarks"] += [
+            {**row, "extra_info": {**row["extra_info"], "direction": direction}} for row in rows
+        ]
+    path.write_text(json.dumps(results))
+    assert gpu._finished(path) == {"frames"}
+
+
 def test_merging_replaces_what_was_measured_again() -> None:
     results = invented_results()
     first = results["benchmarks"][0]
-    merged = report.merge(results, {**results, "benchmarks": [first], "not_measured": []})
+    merged = groups.merge(results, {**results, "benchmarks": [first], "not_measured": []})
     assert len(merged["benchmarks"]) == 2
-    failed = {k: first["extra_info"][k] for k in report.KEY} | {"status": "failed", "reason": "-"}
-    merged = report.merge(results, {**results, "benchmarks": [], "not_measured": [failed]})
+    failed = {k: first["extra_info"][k] for k in groups.KEY} | {"status": "failed", "reason": "-"}
+    merged = groups.merge(results, {**results, "benchmarks": [], "not_measured": [failed]})
     assert [b["extra_info"]["provider"] for b in merged["benchmarks"]] == ["sdpa_dense"]
     assert len(merged["not_measured"]) == 3
 
@@ -233,16 +403,31 @@ def test_help_needs_neither_torch_nor_an_extra() -> None:
 
 def test_tuning_forces_one_kernel_only() -> None:
     engine = importlib.import_module("vidgen_kernels.interval_attention")
-    config = tune.candidates("fwd", 64)[0]
+    known = {subject.name: subject for subject in subjects.subjects()}
+    subject = known["fwd-64"]
+    config = subject.candidates()[0]
     args = (64, torch.bfloat16, 90)
     dq = engine.lookup("dq", *args)
-    with tune.forced("fwd", config):
-        assert engine.lookup("fwd", *args).kwargs()["BLOCK_M"] == config["block_m"]
+    with subject.forced(config):
+        assert engine.lookup("fwd", *args) == config
         assert engine.lookup("dq", *args) == dq
     assert engine.lookup.__module__ == "vidgen_kernels.configs"
+    pixels = known["pixel_blocks_fwd"]
+    blocks = importlib.import_module("vidgen_kernels._blocks")
+    with pixels.forced(pixels.candidates()[-1]):
+        assert blocks.lookup_pixel_blocks(torch.bfloat16, 90) == pixels.candidates()[-1]
 
 
-def test_tuning_prints_rows_for_the_configs() -> None:
-    best = {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3}
-    found = {"arch": 90, "kernels": {"fwd": {"64": {"best": best, "timed": []}}}}
-    assert tune.snippet(found) == '("fwd", 16): 64: {90: C(128, 64, 8, 3)},'
+def test_every_table_can_be_tuned() -> None:
+    known = subjects.subjects()
+    assert {s.kernel for s in known} >= {*configs.ROW_WISE, *configs.ELEMENTWISE}
+    assert len({s.name for s in known}) == len(known)
+    assert all(s.shape in s.suite.names and s.candidates() for s in known)
+
+
+def test_tuning_prints_entries_for_the_configs() -> None:
+    known = {subject.name: subject for subject in subjects.subjects()}
+    snippet = known["fwd-64"].snippet(configs.LaunchConfig(128, 64, 8, 3), 90)
+    assert snippet == '("fwd", 16): {64: {90: C(128, 64, 8, 3)}},'
+    snippet = known["residual_norm_fwd-2048"].snippet(configs.RowConfig(1, 8, 4), 90)
+    assert snippet == '"residual_norm_fwd": {2048: {90: R(1, 8, 4)}},'

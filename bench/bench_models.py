@@ -1,0 +1,26 @@
+"""Steps of whole models, over steps x dtypes x directions x providers.
+
+Work is the video tokens of a step, history included. For a step of training, forward is the loss
+without gradients, fwd+bwd the step itself.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import options
+from bench.model_cases import ModelStep
+from bench.suites import MODELS
+from vidgen.shapes import Direction
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    options.parametrize(metafunc, MODELS)
+
+
+def test_models(
+    spec: ModelStep, dtype: str, direction: Direction, provider: str, measured, record
+) -> None:
+    outcome = measured(MODELS, spec, dtype, backward=direction != "fwd")[provider]
+    labels = {"op": "model", "shape": spec.name, "direction": direction, "provider": provider}
+    record(outcome, labels, dtype, {"tokens_per_s": spec.n_tokens}, model=spec.title)

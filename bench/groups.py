@@ -1,0 +1,93 @@
+"""Results JSON -> groups: all providers of one op, shape, dtype and direction side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OURS = "ours"
+# The first that a shape has: what a model does without our kernels.
+BASELINES = ("sdpa_dense", "sdpa_full", "eager")
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+KEY = ("op", "shape", "dtype", "direction", "provider")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The words for one kind of benchmark, and the file its results live in."""
+
+    name: str
+    rate: str  # how results call it
+    unit: str
+    peak: str | None  # what ours is a share of
+    over: str  # what the plot of speed-ups compares with
+    time: str = "ms"
+
+
+ATTENTION = Suite(
+    "attention",
+    "tflops",
+    "TFLOP/s",
+    "large matrix product",
+    "a dense mask (grey: pairs / visible pairs)",
+)
+MEMORY = Suite("memory", "gbps", "GB/s", "large copy", "eager PyTorch")
+MODELS = Suite("models", "tokens_per_s", "tokens/s", None, "eager PyTorch", "ms/step")
+
+
+@dataclass(frozen=True)
+class Group:
+    """All providers of one op, shape, dtype and direction."""
+
+    op: str
+    shape: str
+    dtype: str
+    direction: str
+    rows: dict[str, dict]  # provider -> extra_info with its `spread`
+    missing: dict[str, dict]  # provider -> why it was not measured
+
+    @property
+    def suite(self) -> Suite:
+        return {"attention": ATTENTION, "model": MODELS}.get(self.op, MEMORY)
+
+    @property
+    def baseline(self) -> str | None:
+        return next((name for name in BASELINES if name in self.rows), None)
+
+    def speedup(self, provider: str, over: str | None) -> float | None:
+        """How many times faster ``provider`` is than ``over``."""
+        if provider not in self.rows or over not in self.rows:
+            return None
+        return self.rows[over]["median_ms"] / self.rows[provider]["median_ms"]
+
+
+def groups(results: dict) -> list[Group]:
+    found: dict[tuple, Group] = {}
+
+    def group(row: dict) -> Group:
+        key = tuple(row[name] for name in KEY[:-1])
+        return found.setdefault(key, Group(*key, rows={}, missing={}))
+
+    for benchmark in results["benchmarks"]:
+        stats, row = benchmark["stats"], benchmark["extra_info"]
+        group(row).rows[row["provider"]] = {**row, "spread": stats["iqr"] / stats["median"]}
+    for row in results.get("not_measured", []):
+        group(row).missing[row["provider"]] = row
+    return list(found.values())
+
+
+def merge(old: dict, new: dict) -> dict:
+    """Old results, the new ones in their place; a provider is measured or not, never both."""
+
+    def key(row: dict) -> tuple:
+        return tuple(row[name] for name in KEY)
+
+    replaced = {key(b["extra_info"]) for b in new["benchmarks"]} | {
+        key(r) for r in new["not_measured"]
+    }
+    kept = [b for b in old["benchmarks"] if key(b["extra_info"]) not in replaced]
+    reasons = [r for r in old.get("not_measured", []) if key(r) not in replaced]
+    return {
+        **new,
+        "benchmarks": kept + new["benchmarks"],
+        "not_measured": reasons + new["not_measured"],
+    }

@@ -1,0 +1,60 @@
+"""The suites: attention, bound by arithmetic; operators bound by memory; steps of whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.attention_cases import AttentionCase
+from bench.attention_providers import PROVIDERS as ATTENTION_PROVIDERS
+from bench.memory_calls import MemoryCall
+from bench.memory_cases import CASES
+from bench.memory_providers import PROVIDERS as MEMORY_PROVIDERS
+from bench.model_cases import STEPS, ModelCase
+from bench.model_providers import PROVIDERS as MODEL_PROVIDERS
+from bench.providers import Provider
+from vidgen.shapes import SETS
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """Everything that one ``bench_<name>.py`` runs over. A spec is a shape, or an op at one."""
+
+    name: str
+    sets: dict[str, tuple[Any, ...]]  # specs with a `name`
+    providers: dict[str, Provider]
+    make: Callable[[Any, torch.dtype, torch.device], Any]  # a `Case`
+    cpu_seconds: float  # per provider, direction and spec
+    longest_seconds: float = 60  # that a spec may take on a GPU in one direction, with compiling
+    graphs: bool = True  # a GPU replays CUDA graphs
+
+    @property
+    def names(self) -> list[str]:
+        return [spec.name for specs in self.sets.values() for spec in specs]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there is anything to compile ahead of a benchmark."""
+        return any(provider.compiles for provider in self.providers.values())
+
+    def find(self, name: str) -> Any:
+        return next(s for specs in self.sets.values() for s in specs if s.name == name)
+
+
+ATTENTION = Suite("attention", SETS, ATTENTION_PROVIDERS, AttentionCase.make, 1.0)
+MEMORY = Suite("memory", CASES, MEMORY_PROVIDERS, MemoryCall.make, 0.2)
+# A graph would keep the activations of a step alive, for each provider.
+MODELS = Suite("models", STEPS, MODEL_PROVIDERS, ModelCase.make, 1.0, 150, graphs=False)
+SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS)}
+
+
+if __name__ == "__main__":  # `vidgen info`: what each is, and why this machine lacks it if it does
+    this_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for suite in SUITES.values():
+        print(f"  {suite.name}")
+        for provider in suite.providers.values():
+            reason = provider.missing(this_device)
+            print(f"    {provider.name:22} {provider.summary}{f' [{reason}]' if reason else ''}")
