@@ -24,7 +24,7 @@ setup: $(READY) ## make or update the virtual environment
 $(READY): pyproject.toml constraints.txt
 	test -f $@ || $(PYTHON) -m venv --clear $(VENV)
 	rm -f $@
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[bench,dev,profiling]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[bench,dev,models,profiling]'
 	touch $@
 
 test: lint portable interpreted aot-old-triton ## all that continuous integration runs

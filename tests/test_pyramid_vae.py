@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidgen import verify
+from vidgen.checkpoint import read_state_dict
 from vidgen.pyramid_flow import vae_layers
 from vidgen.pyramid_flow.latents import (
     LATENT_STATS,
@@ -25,7 +26,7 @@ from vidgen.pyramid_flow.latents import (
 from vidgen.pyramid_flow.vae import CausalVideoVAE, Posterior
 from vidgen.pyramid_flow.vae_config import FIXED, RELEASED, VAEConfig
 from vidgen.pyramid_flow.vae_tiling import decode_tiling, encode_tiling, run_tiled
-from vidgen.pyramid_flow.weights import load_pretrained_vae, load_vae, read_state_dict
+from vidgen.pyramid_flow.weights import load_pretrained_vae, load_vae
 
 pytestmark = pytest.mark.portable_only  # no kernel of ours is in it
 

@@ -1,4 +1,4 @@
-"""The command line: ``vidgen bench | verify | profile | info``.
+"""The command line: ``vidgen bench | generate | convert | analyze | verify | profile | info``.
 
 Only the chosen command is imported, so that ``vidgen --help`` is fast and works without any extra
 installed. Benchmarks and profiles live in the source tree, not in the wheel, and run as processes
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,9 @@ EXTRAS = {
 
 # A finished test in pytest's verbose output: its parameters and how far the run is.
 FINISHED = re.compile(r"\[(?P<case>\S+)\] [A-Z]+.*\[ *(?P<percent>\d+)%\]")
+
+
+Run = Callable[[argparse.Namespace], int]
 
 
 class CommandError(Exception):
@@ -184,15 +188,19 @@ def run_profile(args: argparse.Namespace) -> int:
     return subprocess.run(command, env=_source_environment(), check=False).returncode
 
 
-# ---- verify
+# ---- commands that are modules of the package
 
 
-def configure_verify(parser: argparse.ArgumentParser) -> None:
-    importlib.import_module("vidgen.verify").add_arguments(parser)
+def _module(path: str) -> tuple[Callable[[argparse.ArgumentParser], None], Run]:
+    """The two halves of a command, imported when they are called."""
 
+    def configure(parser: argparse.ArgumentParser) -> None:
+        importlib.import_module(path).add_arguments(parser)
 
-def run_verify(args: argparse.Namespace) -> int:
-    return importlib.import_module("vidgen.verify").run(args)
+    def run(args: argparse.Namespace) -> int:
+        return importlib.import_module(path).run(args)
+
+    return configure, run
 
 
 # ---- info
@@ -275,7 +283,13 @@ def _source_environment() -> dict[str, str]:
 # name -> summary, adds its arguments (if it has any), runs
 COMMANDS = {
     "bench": ("time our kernels against their peers", configure_bench, run_bench),
-    "verify": ("run the golden cases through our models and ops", configure_verify, run_verify),
+    "generate": ("a video or an image from a prompt", *_module("vidgen.generate")),
+    "convert": (
+        "CogVideoX and RepVideo weights between key layouts",
+        *_module("vidgen.repvideo.convert"),
+    ),
+    "analyze": ("what RepVideo's layers do, as plots", *_module("vidgen.repvideo.analyze")),
+    "verify": ("run the golden cases through our models and ops", *_module("vidgen.verify")),
     "profile": ("profile one op with Nsight or PyTorch's profiler", None, run_profile),
     "info": ("versions, device, and which implementations are available", None, run_info),
 }

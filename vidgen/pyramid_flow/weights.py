@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vidgen.checkpoint import load_exactly, read_folder
 from vidgen.ops import EAGER, Ops
 
 from .config import FluxConfig, MMDiTConfig, is_flux
@@ -17,64 +17,6 @@ from .flux import PyramidFluxTransformer
 from .mmdit import PyramidDiffusionMMDiT
 from .transformer import PyramidTransformer
 from .vae import CausalVideoVAE
-
-FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-SHOWN = 5  # keys named in an error
-
-
-def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file.
-
-    Args:
-        within: the entry of a training checkpoint that holds them, used where there is one.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state[within] if within is not None and within in state else state
-
-
-def load_exactly(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    prefix: str = "",
-    skip: Sequence[str] = (),
-) -> None:
-    """Loads ``state`` into ``model``.
-
-    Args:
-        prefix: removed from the keys that have it.
-        skip: beginnings of keys that belong to other models and are left out.
-
-    Raises:
-        ValueError: keys missing or left over, other shapes.
-    """
-    found = {
-        key.removeprefix(prefix): x for key, x in state.items() if not key.startswith(tuple(skip))
-    }
-    expected = model.state_dict()
-    for problem, keys in (
-        ("missing", expected.keys() - found.keys()),
-        ("left over", found.keys() - expected.keys()),
-    ):
-        if keys:
-            names = ", ".join(sorted(keys)[:SHOWN])
-            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-            raise ValueError(
-                f"checkpoint: expected the {len(expected)} keys of {type(model).__name__}, "
-                f"got {len(keys)} {problem}: {names}{more}"
-            )
-    for key, x in expected.items():
-        if found[key].shape != x.shape:
-            raise ValueError(
-                f"checkpoint: expected {key} of shape {list(x.shape)}, "
-                f"got {list(found[key].shape)}; is config.json of another size?"
-            )
-    model.load_state_dict(found, assign=any(x.is_meta for x in expected.values()))
 
 
 def build_transformer(config: Mapping[str, Any], ops: Ops = EAGER) -> PyramidTransformer:
@@ -103,7 +45,7 @@ def load_pretrained(folder: str | Path, ops: Ops = EAGER, **options: Any) -> Pyr
 
     ``options`` replace those of config.json: ``use_gradient_checkpointing=True`` to train.
     """
-    config, state = _read_folder(folder)
+    config, state = read_folder(folder, within="model")
     return load_transformer(config | options, state, ops)
 
 
@@ -122,16 +64,4 @@ def load_vae(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CausalVi
 
 def load_pretrained_vae(folder: str | Path) -> CausalVideoVAE:
     """The VAE in a folder with config.json and weights, such as the released causal_video_vae."""
-    return load_vae(*_read_folder(folder))
-
-
-def _read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and state dict."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"folder: expected config.json in {folder}, found none")
-    config = json.loads((folder / "config.json").read_text())
-    path = next((folder / name for name in FILES if (folder / name).exists()), None)
-    if path is None:
-        raise ValueError(f"folder: expected {' or '.join(FILES)} in {folder}, found neither")
-    return config, read_state_dict(path, within="model")
+    return load_vae(*read_folder(folder, within="model"))

@@ -1,0 +1,143 @@
+"""Checkpoint files: read safely, loaded with nothing missing or left over, written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a folder of weights may hold, the first found is read; an index names several files.
+FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
+)
+SHOWN = 5  # keys named in an error
+
+
+def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, of several with an index, or of a torch file.
+
+    Nothing in a file is ever executed: torch files are read with ``weights_only=True``.
+
+    Args:
+        within: the entry of a training checkpoint that holds them, used where there is one.
+    """
+    path = Path(path)
+    if path.name.endswith(".index.json"):
+        names = json.loads(path.read_text())["weight_map"].values()
+        return {
+            k: x
+            for name in sorted(set(names))
+            for k, x in read_state_dict(path.parent / name).items()
+        }
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state[within] if within is not None and within in state else state
+
+
+def read_folder(
+    folder: str | Path, within: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and state dict of a folder in the layout of diffusers.
+
+    Raises:
+        ValueError: no config.json or no weights in it.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = next((folder / name for name in FILES if (folder / name).exists()), None)
+    if path is None:
+        raise ValueError(f"folder: expected {' or '.join(FILES)} in {folder}, found none")
+    return config, read_state_dict(path, within)
+
+
+def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON file of a folder. Raises ValueError where there is none."""
+    path = Path(folder) / name
+    if not path.exists():
+        raise ValueError(f"folder: expected {name} in {folder}, found none")
+    return json.loads(path.read_text())
+
+
+def load_exactly(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    prefix: str = "",
+    skip: Sequence[str] = (),
+) -> None:
+    """Loads ``state`` into ``model``; a model on the meta device takes the tensors as they are.
+
+    Args:
+        prefix: removed from the keys that have it.
+        skip: beginnings of keys that belong to other models and are left out.
+
+    Raises:
+        ValueError: keys missing or left over, other shapes.
+    """
+    found = {
+        key.removeprefix(prefix): x for key, x in state.items() if not key.startswith(tuple(skip))
+    }
+    expected = model.state_dict()
+    for problem, keys in (
+        ("missing", expected.keys() - found.keys()),
+        ("left over", found.keys() - expected.keys()),
+    ):
+        if keys:
+            names = ", ".join(sorted(keys)[:SHOWN])
+            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+            raise ValueError(
+                f"checkpoint: expected the {len(expected)} keys of {type(model).__name__}, "
+                f"got {len(keys)} {problem}: {names}{more}"
+            )
+    for key, x in expected.items():
+        if found[key].shape != x.shape:
+            raise ValueError(
+                f"checkpoint: expected {key} of shape {list(x.shape)}, "
+                f"got {list(found[key].shape)}; is config.json of another size?"
+            )
+    model.load_state_dict(found, assign=any(x.is_meta for x in expected.values()))
+
+
+def write_state_dict(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """A safetensors file, complete or not there. Raises ValueError where ``path`` exists."""
+    from safetensors.torch import save_file
+
+    with written_whole(path) as unfinished:
+        save_file({key: x.detach().contiguous().cpu() for key, x in state.items()}, unfinished)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, which becomes ``path`` when all is written.
+
+    Raises:
+        ValueError: ``path`` exists: no file is overwritten; or its folder does not.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"output: expected a new file, {path} exists")
+    if not path.parent.is_dir():
+        raise ValueError(f"output: expected an existing folder, got {path.parent}")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        umask = os.umask(0)
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)  # mkstemp's file is its owner's alone
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

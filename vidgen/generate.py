@@ -1,0 +1,127 @@
+"""`vidgen generate`: a video or an image from a prompt, by one of the reference models.
+
+Every model has the same common options and adds its own in ``vidgen/<model>/generate.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .media import check_output, write_frames
+from .ops import EAGER, FUSED, Ops
+from .progress import Bars, Progress
+
+MODELS = {
+    "pyramid-flow": "vidgen.pyramid_flow.generate",
+    "repvideo": "vidgen.repvideo.generate",
+    "nova": "vidgen.nova.generate",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Run(NamedTuple):
+    """What the common options say."""
+
+    checkpoint: Path | None  # None: random weights
+    prompt: str | None
+    negative_prompt: str
+    embeddings: dict[str, Tensor] | None  # instead of a prompt
+    ops: Ops
+    dtype: torch.dtype
+    device: torch.device
+    generator: torch.Generator  # on the CPU: the same noise on every device
+    progress: Progress
+
+
+class Video(NamedTuple):
+    frames: Tensor  # [T, H, W, 3] uint8
+    fps: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
+    for name, path in MODELS.items():
+        model = importlib.import_module(path)
+        own = models.add_parser(name, help=model.SUMMARY, description=model.SUMMARY)
+        _add_common_arguments(own)
+        model.add_arguments(own.add_argument_group(name))
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", type=Path, metavar="DIR", help="the official checkpoint")
+    weights.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="a model of small size with random weights: noise, to try the command",
+    )
+    parser.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--negative-prompt", metavar="TEXT", default="")
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="safetensors with the text features, instead of a prompt and text encoders",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="a new .mp4, or .png of one frame",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--ops", choices=["eager", "fused"], default="fused", help="default: fused")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the video; 0 when it is there, 1 where the request cannot be met."""
+    try:
+        model = importlib.import_module(MODELS[args.model])
+        check_output(args.output, model.count_frames(args))
+        with Bars() as progress:
+            video = model.generate(args, _common(args, progress))
+        write_frames(args.output, video.frames, video.fps)
+    except ValueError as problem:
+        sys.stderr.write(f"vidgen generate: {problem}\n")
+        return 1
+    n_frames, height, width, _ = video.frames.shape
+    sys.stdout.write(f"{args.output}: {n_frames} frames of {height} x {width}\n")
+    return 0
+
+
+def _common(args: argparse.Namespace, progress: Progress) -> Run:
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.prompt is not None and args.embeddings is not None:
+        raise ValueError("prompt: expected a prompt or embeddings, got both")
+    if args.prompt is None and args.embeddings is None and args.checkpoint is not None:
+        raise ValueError("prompt: expected a prompt or embeddings, got neither")
+    embeddings = None
+    if args.embeddings is not None:
+        from safetensors.torch import load_file
+
+        if not args.embeddings.exists():
+            raise ValueError(f"embeddings: expected a file, {args.embeddings} does not exist")
+        embeddings = load_file(args.embeddings)
+    return Run(
+        args.checkpoint,
+        args.prompt,
+        args.negative_prompt,
+        embeddings,
+        {"eager": EAGER, "fused": FUSED}[args.ops],
+        DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")],
+        device,
+        torch.Generator().manual_seed(args.seed),
+        progress,
+    )
