@@ -249,18 +249,29 @@ def test_metadata_takes_no_time(limit_ms: float, build) -> None:
     """100k tokens in 64 blocks, from ints to the tables that kernels read, nothing cached."""
     torch.use_deterministic_algorithms(False)  # which would fill every new tensor first
 
-    def median_ms() -> float:
-        times = []
-        for _ in range(15):
-            intervals._build_on_host.cache_clear()
-            start = time.perf_counter()
-            mask = build()
-            mask.intervals(mask.n_queries, mask.n_keys)
-            times.append(time.perf_counter() - start)
-        return 1e3 * statistics.median(times)
+    def metadata() -> None:
+        intervals._build_on_host.cache_clear()
+        mask = build()
+        mask.intervals(mask.n_queries, mask.n_keys)
 
-    # other processes share the cores: one quiet stretch in ten is enough
-    assert min(median_ms() for _ in range(10)) <= limit_ms
+    def small_operators() -> None:
+        x = torch.zeros(64)
+        for _ in range(200):
+            x.add(1)
+
+    # A busy or slower machine has as much more time as it needs for operators of known cost, timed
+    # beside the metadata; one quiet stretch in ten is enough.
+    ratios = [median_ms(metadata) / max(1.0, median_ms(small_operators) / 0.45) for _ in range(10)]
+    assert min(ratios) <= limit_ms
+
+
+def median_ms(f) -> float:
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
 
 
 def test_text_past_the_queries() -> None:

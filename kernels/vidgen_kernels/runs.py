@@ -79,8 +79,7 @@ class Runs:
         for row, stops in zip(rows, stop.tolist(), strict=True):
             lengths = [hi - lo for lo, hi in itertools.pairwise([0, *stops])]
             pieces = out[:, :, row].split(lengths, dim=-1)
-            for piece, value in zip(pieces, table[:, :, row].split(1, dim=-1), strict=True):
-                piece.copy_(value)
+            torch._foreach_copy_(pieces, table[:, :, row].split(1, dim=-1))
         return out[0], out[1]
 
     def split(self, points: Tensor) -> Runs:
