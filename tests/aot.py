@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
 from tests import aot_compile  # noqa: E402
-from tests.aot_compile import ARCHS, DTYPES, launches_compile, loops  # noqa: E402
+from tests.aot_compile import ARCHS, DTYPES, Instruction, launches_compile, loops  # noqa: E402
 from vidgen_kernels.configs import LaunchConfig, lookup  # noqa: E402
 
 # The package also has a function of this name.
@@ -134,9 +134,22 @@ def mma_work(opcode: str) -> float:
     return m * n * k / (16 * 8 * 16) / n_warps
 
 
-def main_sweeps(sass: str, mma: float) -> list[list[str]]:
-    """Opcodes of the sweeps without masks, shortest first; a tile takes `mma` products a warp."""
-    found = [(sum(map(mma_work, loop)), loop) for loop in loops(sass)]
+def products_of_tile(case: Case) -> float:
+    """What one tile takes of each warp."""
+    launch = case.launch
+    block_d = max(16, triton.next_power_of_2(case.head_dim))
+    n_passes = 3 if case.dtype == "float32" else 1  # tf32x3
+    macs = DOTS[case.kernel] * n_passes * launch.block_m * launch.block_n * block_d
+    return macs / (16 * 8 * 16) / launch.num_warps
+
+
+def products(code: list[Instruction]) -> float:
+    return sum(mma_work(line.opcode) for line in code)
+
+
+def main_sweeps(sass: str, mma: float) -> list[list[Instruction]]:
+    """The sweeps without masks, shortest first; a tile takes `mma` products a warp."""
+    found = [(products(loop), loop) for loop in loops(sass)]
     # More than it takes where a tile has too few rows for its warps, which then repeat products.
     whole = sorted((loop for work, loop in found if work >= mma), key=len)
     if not whole:
@@ -149,13 +162,10 @@ def inspect(case: Case) -> Report:
     kernel = compile_case(case)
     registers, stack, sass = aot_compile.machine_code(kernel)
     launch = case.launch
-    block_d = max(16, triton.next_power_of_2(case.head_dim))
-    n_passes = 3 if case.dtype == "float32" else 1  # tf32x3
-    macs = DOTS[case.kernel] * n_passes * launch.block_m * launch.block_n * block_d
-    mma = macs / (16 * 8 * 16) / launch.num_warps
+    mma = products_of_tile(case)
     *others, sweep = main_sweeps(sass, mma)
 
-    def count(*kinds: str, of: list[str] = sweep) -> int:
+    def count(*kinds: str, of: list[Instruction] = sweep) -> int:
         return aot_compile.count(of, *kinds)
 
     return Report(
@@ -165,10 +175,10 @@ def inspect(case: Case) -> Report:
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
-        tensor=next(op for op in sweep if mma_work(op)),
+        tensor=next(line.opcode for line in sweep if mma_work(line.opcode)),
         instructions=len(sweep),
         mma=mma,
-        repeated=sum(map(mma_work, sweep)) - mma,
+        repeated=products(sweep) - mma,
         mufu=count("MUFU"),
         ldsm=count("LDSM"),
         lds=count("LDS"),

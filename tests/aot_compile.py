@@ -109,36 +109,54 @@ def cuobjdump(*args: str) -> str:
     return subprocess.run([CUOBJDUMP, *args], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(sass: str) -> list[tuple[int, str, str]]:
-    """(address, opcode, operands) of every instruction."""
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)([^;]*);", sass)
-    return [(int(address, 16), opcode, operands) for address, opcode, operands in code]
+class Instruction(NamedTuple):
+    address: int
+    opcode: str
+    operands: str
+    control: int  # what the assembler decided about timing, bits 105 to 125 of the code
+
+    @property
+    def kind(self) -> str:
+        return self.opcode.split(".")[0]
 
 
-def loops(sass: str) -> list[list[str]]:
-    """The opcodes of each innermost loop: from the target of a backward branch to the branch."""
+def instructions(sass: str) -> list[Instruction]:
+    """Every instruction; the control bits begin at bit 41 of the second word of its code."""
+    code = re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)([^;]*);"
+        r"(?:\s*/\* 0x[0-9a-f]{16} \*/\s*/\* (0x[0-9a-f]{16}) \*/)?",
+        sass,
+    )
+    return [
+        Instruction(int(address, 16), opcode, operands, int(word or "0", 16) >> 41)
+        for address, opcode, operands, word in code
+    ]
+
+
+def loops(sass: str) -> list[list[Instruction]]:
+    """Each innermost loop: from the target of a backward branch to the branch."""
     code = instructions(sass)
     spans = []
-    for address, opcode, operands in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands)
-        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
-            spans.append((int(target[1], 16), address))
+    for line in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", line.operands)
+        if line.opcode.startswith("BRA") and target and int(target[1], 16) < line.address:
+            spans.append((int(target[1], 16), line.address))
     return [
-        [opcode for address, opcode, _ in code if first <= address <= last]
+        [line for line in code if first <= line.address <= last]
         for first, last in spans
         if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans)
     ]
 
 
-def count(opcodes: Iterable[str], *kinds: str) -> int:
-    return sum(opcode.split(".")[0] in kinds for opcode in opcodes)
+def count(code: Iterable[Instruction], *kinds: str) -> int:
+    return sum(line.kind in kinds for line in code)
 
 
-def widths(opcodes: Iterable[str], kind: str) -> Counter[int]:
+def widths(code: Iterable[Instruction], kind: str) -> Counter[int]:
     """How many loads (`LDG`) or stores (`STG`) of global memory move how many bits a thread."""
     found = Counter()
-    for opcode in opcodes:
-        name, *modifiers = opcode.split(".")
+    for line in code:
+        name, *modifiers = line.opcode.split(".")
         if name == kind or (name, kind) == ("LDGSTS", "LDG"):  # LDGSTS: straight to shared memory
             known = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
             found[next((known[m] for m in modifiers if m in known), 32)] += 1

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 
 from bench.memory_cases import CASES, MemoryCase  # noqa: E402
 from tests import aot_compile  # noqa: E402
-from tests.aot_compile import DTYPES, Launch, patch_everywhere  # noqa: E402
+from tests.aot_compile import DTYPES, Instruction, Launch, patch_everywhere  # noqa: E402
 from tests.contracts import few_rows  # noqa: E402
 from vidgen.ops import FUSED  # noqa: E402
 from vidgen.shapes import TokenShape  # noqa: E402
@@ -143,25 +143,34 @@ def configurations(case: Case) -> set[tuple[str, int]]:
     return asked
 
 
-def inspect(case: Case) -> dict[str, Report]:
-    """Reports by kernel, numbered where one is compiled more than once."""
+def kernels(case: Case) -> dict[str, Launch]:
+    """The launches of a case by kernel, numbered where one is compiled more than once."""
     found = {}
     for launch in launches(case):
         found.setdefault(launch.kernel.__name__.strip("_").removesuffix("_kernel"), {})[
             launch.compiled.hash
         ] = launch
     return {
-        name + f" {i + 1}" * (i > 0): report(launch)
+        name + f" {i + 1}" * (i > 0): launch
         for name, by_hash in found.items()
         for i, launch in enumerate(by_hash.values())
     }
 
 
+def hot_loop(sass: str) -> tuple[list[Instruction], list[list[Instruction]]]:
+    """Where a kernel spends its time, and all innermost loops; all of the code if it has none."""
+    loops = aot_compile.loops(sass) or [aot_compile.instructions(sass)]
+    return max(loops, key=len), loops
+
+
+def inspect(case: Case) -> dict[str, Report]:
+    """Reports by kernel."""
+    return {name: report(launch) for name, launch in kernels(case).items()}
+
+
 def report(launch: Launch) -> Report:
     registers, stack, sass = aot_compile.machine_code(launch.compiled)
-    loops = aot_compile.loops(sass)
-    whole = [opcode for _, opcode, _ in aot_compile.instructions(sass)]
-    hot = max(loops, key=len, default=whole)
+    hot, loops = hot_loop(sass)
     sizes = {k: v for k, v in launch.options.items() if k.isupper() and type(v) is int}
     return Report(
         constants=" ".join(f"{name}={value}" for name, value in sizes.items()),
@@ -172,7 +181,7 @@ def report(launch: Launch) -> Report:
         instructions=len(hot),
         loads=_show(aot_compile.widths(hot, "LDG")),
         stores=_show(aot_compile.widths(hot, "STG")),
-        local=sum(aot_compile.count(loop, "LDL", "STL") for loop in loops or [whole]),
+        local=sum(aot_compile.count(loop, "LDL", "STL") for loop in loops),
         bar=aot_compile.count(hot, "BAR"),
     )
 

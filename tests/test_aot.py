@@ -13,8 +13,10 @@ from tests import aot, aot_compile
 pytestmark = pytest.mark.aot
 
 HALF = ("bfloat16", "float16")
-# Prototypes reached 5.5 and 4.2 on sm_80. Fewer rows per warp repeat loads of the other operand.
-FORWARD_LIMIT = {64: 5.6, 128: 4.3}
+# Prototypes reached 5.5 on sm_80. Fewer rows per warp repeat loads of the other operand. At head
+# dim 128 tiles of 32 keys take half an instruction more than of 64, and two thirds of the loads
+# from shared memory, which bound the loop.
+FORWARD_LIMIT = {64: 5.6, 128: 4.6}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ SASS = """
 
 def test_finds_the_sweep_without_masks() -> None:
     assert list(map(len, aot_compile.loops(SASS))) == [2, 3, 3]
-    assert aot.main_sweeps(SASS, 1) == [["HMMA.16816.F32", "BRA"]]
+    (sweep,) = aot.main_sweeps(SASS, 1)
+    assert [line.opcode for line in sweep] == ["HMMA.16816.F32", "BRA"]
     with pytest.raises(ValueError, match="no loop holds 2 products"):
         aot.main_sweeps(SASS, 2)
 

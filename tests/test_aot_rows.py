@@ -70,6 +70,6 @@ SASS = """
 
 
 def test_reads_the_width_of_loads() -> None:
-    opcodes = [opcode for _, opcode, _ in aot_compile.instructions(SASS)]
-    assert aot_compile.widths(opcodes, "LDG") == {128: 2, 32: 1, 16: 1}
-    assert aot_compile.widths(opcodes, "STG") == {64: 1}
+    code = aot_compile.instructions(SASS)
+    assert aot_compile.widths(code, "LDG") == {128: 2, 32: 1, 16: 1}
+    assert aot_compile.widths(code, "STG") == {64: 1}

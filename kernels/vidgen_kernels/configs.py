@@ -1,8 +1,9 @@
 """Launch configurations as data: tiles, warps and pipeline stages of every kernel.
 
 No architecture was at hand yet: these are the ones with the best machine code, no local memory in
-the main sweep and few instructions per matrix product (tests/aot_table.md). `make gpu STAGE=tune`
-measures. Nothing is tuned at run time: a call is reproducible and can be compiled ahead.
+the main sweep (tests/aot_table.md) and, on sm_80, the sweep that keeps the tensor cores busiest
+(bench/results/a100/static.md). `make gpu STAGE=tune` measures. Nothing is tuned at run time: a call
+is reproducible and can be compiled ahead.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ INTERVAL_ATTENTION = {
         32: {80: C(128, 64, 4, 3)},
         64: {80: C(128, 64, 4, 3), 90: C(128, 128, 8, 2)},
         96: {80: C(128, 32, 4, 3), 90: C(128, 128, 8, 2)},
-        128: {80: C(128, 64, 8, 3), 90: C(128, 128, 8, 2)},
+        128: {80: C(256, 32, 8, 3), 90: C(128, 128, 8, 2)},
         256: {80: C(64, 64, 8, 2), 90: C(128, 64, 8, 2)},
     },
     ("dq", 16): {
@@ -55,7 +56,7 @@ INTERVAL_ATTENTION = {
         32: {80: C(32, 128, 4, 3), 90: C(64, 128, 8, 2)},
         64: {80: C(32, 128, 4, 3), 90: C(64, 128, 8, 2)},
         96: {80: C(128, 64, 8, 2), 90: C(32, 128, 8, 2)},
-        128: {80: C(128, 64, 8, 2), 90: C(64, 128, 8, 2)},
+        128: {80: C(32, 128, 8, 2), 90: C(64, 128, 8, 2)},
         256: {80: C(64, 64, 8, 2), 90: C(32, 32, 4, 2)},
     },
     ("fwd", 32): {

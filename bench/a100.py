@@ -1,0 +1,193 @@
+"""What an A100 can make of our kernels, read from their machine code: no A100 was asked.
+
+    python bench/a100.py            the tables
+    python bench/a100.py --write    renew bench/results/a100/static.md
+
+Every kernel is compiled for sm_80 in its shipped configuration, for bf16 and real rows. The hot
+loop is taken apart: which pipe of a multiprocessor is busy longest (`tests.pipes`), and what share
+of the tensor peak or of the DRAM bandwidth that leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
+
+import triton  # noqa: E402
+
+from tests import aot, aot_compile, aot_rows, pipes  # noqa: E402
+from tests.aot_compile import Instruction  # noqa: E402
+
+TABLE = ROOT / "bench" / "results" / "a100" / "static.md"
+HEAD_DIMS = (64, 96, 128)  # of the models
+KINDS = ("tensor", "xu", "fp32", "integer", "conversion", "shared", "global", "shuffle", "control")
+# Time on an A100 over the replay of our loops' like: what published kernels reached.
+MEASURED_OVER_REPLAY = (0.75, 0.9)
+USEFUL = {"fwd": 1.0, "dq": 5 / 7, "dkdv": 5 / 7}  # the split backward makes 7 products for 5
+
+INTRODUCTION = f"""\
+# A100: not measured
+
+No A100 has run these kernels. This page is read from their machine code for sm_80, as Triton
+{{version}} compiles it, by `python bench/a100.py --write`; tests renew and compare it. An owner of
+an A100 puts measurements beside it: `make gpu` leaves `bench/results/<gpu>/` ready to commit.
+
+*occupancy* is the warps that a multiprocessor holds, of {pipes.WARPS}. *bound* is the pipe that is
+busy longest in the hot loop, and *ceiling*, an upper limit, what it leaves of the tensor peak
+({pipes.TENSOR_PEAK / 1e12:.0f} TFLOP/s) or of the DRAM bandwidth ({pipes.DRAM / 1e9:.0f} GB/s).
+*replay* runs the loop in order, with the stalls and barriers that the assembler wrote, for the
+warps of one sub-partition. Rates are published ones; caches, bank conflicts, tails and clocks are
+not modelled.
+"""
+
+ON_ATTENTION = f"""\
+## Attention
+
+Instructions of the main sweep by kind, per matrix product of a warp (16 x 8 x 16). The
+**projection** is {MEASURED_OVER_REPLAY[0]} to {MEASURED_OVER_REPLAY[1]} of the replay, as published
+kernels measured on an A100; of the backward kernels it counts the useful work, 5 of 7 products.
+"""
+
+ON_MEMORY = """\
+## Memory-bound operators
+
+Instructions and bytes of the hot loop, one warp and iteration. A ceiling of 100 % means that DRAM
+is slower than any pipe.
+"""
+
+
+def attention_cases() -> list[aot.Case]:
+    return [aot.Case(kernel, "bfloat16", d, 80) for kernel in aot.KERNELS for d in HEAD_DIMS]
+
+
+def attention_row(case: aot.Case) -> list[str]:
+    kernel = aot.compile_case(case)
+    code = aot_compile.machine_code(kernel)
+    launch, shared = case.launch, kernel.metadata.shared
+    products = aot.products_of_tile(case)
+    sweep = aot.main_sweeps(code.sass, products)[-1]
+    warps = pipes.occupancy(code.registers, shared, launch.num_warps)
+    tensor = 8 * products  # cycles the useful products take
+    name, cycles = pipes.bound(sweep)
+    replay = tensor / pipes.replay(sweep, max(1, warps // 4))
+    low, high = (
+        pipes.TENSOR_PEAK / 1e12 * replay * USEFUL[case.kernel] * x for x in MEASURED_OVER_REPLAY
+    )
+    return [
+        f"{case.kernel} D {case.head_dim}",
+        f"{launch.block_m} x {launch.block_n}, {launch.num_warps} w, {launch.num_stages} s",
+        *map(str, (code.registers, code.stack, shared, warps)),
+        *_per_product(sweep, products),
+        name,
+        f"{tensor / cycles:.0%}",
+        f"{replay:.0%}",
+        f"{low:.0f} to {high:.0f}",
+    ]
+
+
+def _per_product(sweep: list[Instruction], products: float) -> list[str]:
+    found = pipes.mix(sweep)
+    return [f"{found[kind] / products:.2f}" for kind in KINDS]
+
+
+ATTENTION = [
+    "kernel",
+    "tile, warps, stages",
+    "registers",
+    "stack",
+    "shared",
+    "occupancy",
+    *KINDS,
+    "bound",
+    "ceiling",
+    "replay",
+    "projection, TFLOP/s",
+]
+
+
+def memory_cases() -> list[aot_rows.Case]:
+    return [case for case in aot_rows.cases() if case.dtype == "bfloat16" and case.arch == 80]
+
+
+def memory_rows(case: aot_rows.Case) -> list[list[str]]:
+    return [
+        _memory_row(f"{name}, {case.memory.name}", launch)
+        for name, launch in aot_rows.kernels(case).items()
+    ]
+
+
+def _memory_row(name: str, launch: aot_compile.Launch) -> list[str]:
+    code = aot_compile.machine_code(launch.compiled)
+    hot, _ = aot_rows.hot_loop(code.sass)
+    shared, n_warps = launch.compiled.metadata.shared, launch.compiled.metadata.num_warps
+    pipe, cycles = pipes.bound(hot)
+    n_bytes = (
+        32
+        // 8
+        * sum(  # of a warp
+            bits * n for kind in ("LDG", "STG") for bits, n in aot_compile.widths(hot, kind).items()
+        )
+    )
+    # what DRAM brings to a sub-partition while its busiest pipe works on it
+    dram = pipes.DRAM / (pipes.N_SM * 4 * pipes.CLOCK) * cycles
+    found = pipes.mix(hot)
+    return [
+        name,
+        *map(str, (n_warps, code.registers, code.stack, shared)),
+        str(pipes.occupancy(code.registers, shared, n_warps)),
+        *(str(found[kind]) for kind in KINDS if kind != "tensor"),
+        str(n_bytes),
+        "DRAM" if n_bytes > dram else pipe,
+        f"{min(1, n_bytes / dram):.0%}",
+    ]
+
+
+MEMORY = [
+    "kernel, operator and shape",
+    "warps",
+    "registers",
+    "stack",
+    "shared",
+    "occupancy",
+    *(kind for kind in KINDS if kind != "tensor"),
+    "bytes",
+    "bound",
+    "ceiling",
+]
+
+
+def report(jobs: int) -> str:
+    """The page; raises RuntimeError where a kernel does not compile."""
+    attention = list(aot_compile.inspect_all(attention_row, attention_cases(), jobs))
+    memory = list(aot_compile.inspect_all(memory_rows, memory_cases(), jobs))
+    if failed := [row for row in (*attention, *memory) if isinstance(row, str)]:
+        raise RuntimeError("; ".join(failed))
+    sections = (
+        INTRODUCTION.format(version=triton.__version__),
+        ON_ATTENTION,
+        aot_compile.markdown([ATTENTION, *attention]),
+        ON_MEMORY,
+        aot_compile.markdown([MEMORY, *(row for rows in memory for row in rows)]),
+    )
+    return "\n".join(sections)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    args = parser.parse_args()
+    page = report(args.jobs)
+    if args.write:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(page)
+    sys.stdout.write(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
