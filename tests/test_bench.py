@@ -324,6 +324,50 @@ def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
     assert "peak" not in text
 
 
+def test_comparing_results_finds_what_regressed(tmp_path: Path, capfd) -> None:
+    before, after = invented_results(), invented_results()
+    files = tmp_path / "before.json", tmp_path / "after.json"
+
+    def compared() -> tuple[int, str]:
+        for path, results in zip(files, (before, after), strict=True):
+            path.write_text(json.dumps(results))
+        status = cli.main(["bench", "--compare", *map(str, files)])
+        return status, capfd.readouterr().out
+
+    ours, dense = after["benchmarks"]
+    assert compared() == (0, "no change beyond noise\nours: 0 slower, 0 faster, of 1\n")
+    ours["extra_info"]["median_ms"] = 2.08  # below the smallest that counts
+    dense["extra_info"]["median_ms"] = 5.9  # within its spread of 20 %
+    assert compared()[0] == 0
+    dense["extra_info"]["median_ms"] = 9.0  # a peer of another version is no regression
+    status, text = compared()
+    assert status == 0 and "+80%" in text
+    ours["extra_info"]["median_ms"] = 2.4
+    status, text = compared()
+    assert status == 1 and "+20%" in text and "ours: 1 slower" in text
+    ours["extra_info"]["median_ms"] = 1.0
+    status, text = compared()
+    assert status == 0 and "-50%" in text and "1 faster" in text
+    after["benchmarks"] = [dense]
+    after["not_measured"].append({**ours["extra_info"], "status": "wrong", "reason": "error 1"})
+    status, text = compared()
+    assert status == 1 and "no longer measured: attention, frames, fp32, fwd, ours" in text
+
+
+def test_comparing_what_is_no_result(tmp_path: Path, capfd) -> None:
+    path = tmp_path / "a.json"
+    for text, message in (
+        (None, "expected a results file"),
+        ("{", "expected JSON"),
+        ("[]", "expected results of"),
+        ('{"benchmarks": []}', "expected results with common rows"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        assert cli.main(["bench", "--compare", str(path), str(path)]) == 2
+        assert message in capfd.readouterr().err
+
+
 def test_a_shape_is_finished_when_all_directions_are_there(tmp_path: Path) -> None:
     results = invented_results()
     path = tmp_path / "attention.json"

@@ -107,12 +107,22 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="results and plots (default: bench/results/<gpu>)",
     )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE.json", "AFTER.json"),
+        help="measure nothing, show what changed between two results",
+    )
 
 
 def run_bench(args: argparse.Namespace) -> int:
     """Drives ``pytest bench/ --benchmark-json``, then reports: there is one way of measuring."""
     _require_source(BENCH / "report.py", "the benchmarks")
     _require_extra("bench")
+    if args.compare:
+        command = [sys.executable, str(BENCH / "compare.py"), *map(str, args.compare)]
+        return subprocess.run(command, env=_source_environment(), check=False).returncode
     targets = [BENCH] if args.op == "all" else [BENCH / f"bench_{args.op}.py"]
     filters = [
         f"--{name.replace('_', '-')}={value}"
