@@ -1,4 +1,4 @@
-"""Results JSON -> a table on the terminal, plots, and the README of a results folder.
+"""Results JSON -> a table on the terminal, plots, README and HTML page of a results folder.
 
 ``python bench/report.py RESULTS.json [--output DIR] [--merge]`` files new results under
 ``bench/results/<gpu>`` and regenerates everything there; without a new file it regenerates a
@@ -21,6 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, with nothing installed
 
 from bench.groups import ATTENTION, DIRECTIONS, OURS, Group, Suite, groups, merge
+from bench.page import page
 from bench.plots import plot_peak, plot_speedup
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -56,7 +57,9 @@ def regenerate(folder: Path) -> None:
         if found[0].suite.peak:
             plot_peak(found, folder / f"{path.stem}_peak.png")
         sections.append(markdown(results, found))
-    write(folder / "README.md", "\n".join(sections))
+    text = "\n".join(sections)
+    write(folder / "README.md", text)
+    write(folder / "report.html", page(text, folder))
 
 
 # ---- tables

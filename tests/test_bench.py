@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -277,17 +278,24 @@ def invented_results() -> dict:
     }
 
 
+PAGES = ("README.md", "report.html")
+
+
 def test_report_is_generated_from_results(tmp_path: Path, capsys) -> None:
     path = tmp_path / "new.json"
     path.write_text(json.dumps(invented_results()))
     assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
     assert "flash_attn_per_block, unavailable: not installed (all)" in capsys.readouterr().out
     files = {p.name for p in (tmp_path / "cpu").iterdir()}
-    assert files == {"README.md", "attention.json", "attention_peak.png", "attention_speedup.png"}
+    assert files == {"attention.json", "attention_peak.png", "attention_speedup.png", *PAGES}
     text = (tmp_path / "cpu" / "README.md").read_text()
     assert "reduced set" in text
     # a wrong provider has no time; the noisy baseline is marked
     assert "| frames | 2 | 0.1 | 50% | 3 | 1e-06 | ~2.50x | WRONG |" in text
+    html = (tmp_path / "cpu" / "report.html").read_text()
+    assert html.count('<img src="data:image/png;base64,') == 2  # and nothing from elsewhere
+    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert '<span class="faster">~2.50x</span>' in html and 'class="wrong">WRONG<' in html
 
 
 def test_memory_report_has_bandwidth_and_its_own_files(tmp_path: Path) -> None:
@@ -300,7 +308,7 @@ def test_memory_report_has_bandwidth_and_its_own_files(tmp_path: Path) -> None:
     path.write_text(json.dumps(results))
     assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
     files = {p.name for p in (tmp_path / "cpu").iterdir()}
-    assert files == {"README.md", "memory.json", "memory_peak.png", "memory_speedup.png"}
+    assert files == {"memory.json", "memory_peak.png", "memory_speedup.png", *PAGES}
     text = (tmp_path / "cpu" / "README.md").read_text()
     assert "| mix_n4-rows | 2 | 100 | 50% | 3 | 1e-06 | ~2.50x | WRONG |" in text
     assert "fp32: 200 GB/s" in text and "Mask creation" not in text
@@ -317,7 +325,7 @@ def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
     path.write_text(json.dumps(results))
     assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
     files = {p.name for p in (tmp_path / "cpu").iterdir()}
-    assert files == {"README.md", "models.json", "models_speedup.png"}
+    assert files == {"models.json", "models_speedup.png", *PAGES}
     text = (tmp_path / "cpu" / "README.md").read_text()
     assert "| shape | ours, ms/step | tokens/s | MB | error | vs eager | vs planted |" in text
     assert "| flux_train_384p | 2 | 1000 | 3 | 1e-06 | ~2.50x | WRONG |" in text

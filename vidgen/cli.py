@@ -25,7 +25,7 @@ BENCH = ROOT / "bench"
 PROFILER = ROOT / "profiling" / "run.py"
 
 EXTRAS = {
-    "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib"),
+    "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib", "markdown_it"),
     "models": ("diffusers", "transformers", "safetensors", "av"),
     "profiling": ("nvtx",),
     "peers": ("flash_attn", "liger_kernel", "xformers"),
