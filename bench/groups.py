@@ -32,6 +32,8 @@ ATTENTION = Suite(
 )
 MEMORY = Suite("memory", "gbps", "GB/s", "large copy", "eager PyTorch")
 MODELS = Suite("models", "tokens_per_s", "tokens/s", None, "eager PyTorch", "ms/step")
+SCALING = Suite("scaling", "tflops", "TFLOP/s", "large matrix product", ATTENTION.over)
+BY_OP = {"attention": ATTENTION, "model": MODELS, "scaling": SCALING}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Group:
 
     @property
     def suite(self) -> Suite:
-        return {"attention": ATTENTION, "model": MODELS}.get(self.op, MEMORY)
+        return BY_OP.get(self.op, MEMORY)
 
     @property
     def baseline(self) -> str | None:
@@ -73,6 +75,28 @@ def groups(results: dict) -> list[Group]:
     for row in results.get("not_measured", []):
         group(row).missing[row["provider"]] = row
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class MeasuredCurve:
+    """One curve of the scaling suite in one dtype and direction."""
+
+    name: str
+    dtype: str
+    direction: str
+    providers: dict[str, tuple[list[float], list[float]]]  # sizes, milliseconds
+
+
+def curves(found: list[Group]) -> list[MeasuredCurve]:
+    made: dict[tuple[str, str, str], MeasuredCurve] = {}
+    for group in found:
+        for provider, row in group.rows.items():
+            key = row["curve"], group.dtype, group.direction
+            curve = made.setdefault(key, MeasuredCurve(*key, providers={}))
+            sizes, times = curve.providers.setdefault(provider, ([], []))
+            sizes.append(row["x"])
+            times.append(row["median_ms"])
+    return list(made.values())
 
 
 def merge(old: dict, new: dict) -> dict:

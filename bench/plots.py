@@ -1,11 +1,11 @@
-"""Plots of a results folder: how much faster than the baseline, and which share of the peak."""
+"""Plots of a results folder: times faster than the baseline, share of the peak, curves."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from bench.groups import DIRECTIONS, OURS, Group
+from bench.groups import DIRECTIONS, OURS, Group, curves
 
 # Okabe and Ito's palette, readable with any colour vision; ours is the strong one.
 COLOURS = {
@@ -22,6 +22,7 @@ COLOURS = {
     "liger": "#009E73",
     "official": "#CC79A7",
 }
+OTHER = "#E69F00"
 
 
 def plot_speedup(found: list[Group], path: Path) -> None:
@@ -49,9 +50,51 @@ def plot_peak(found: list[Group], path: Path) -> None:
     _dot_plot(found, path, draw, label, start=0)
 
 
+def plot_curves(found: list[Group], path: Path) -> None:
+    """Time over size, both logarithmic, a panel per curve and direction."""
+    pyplot = _pyplot()
+    every = curves(found)
+    names = list(dict.fromkeys((c.name, c.dtype) for c in every))
+    directions = [d for d in DIRECTIONS if any(c.direction == d for c in every)]
+    shape = len(directions), len(names)
+    figure, panels = pyplot.subplots(
+        *shape,
+        figsize=(3.2 * shape[1], 0.5 + 2.6 * shape[0]),
+        squeeze=False,
+        sharex="col",
+        layout="constrained",
+    )
+    for curve in every:
+        axes = panels[directions.index(curve.direction)][names.index((curve.name, curve.dtype))]
+        for provider, (sizes, times) in curve.providers.items():
+            axes.plot(
+                sizes,
+                times,
+                marker="o",
+                markersize=4,
+                color=COLOURS.get(provider, OTHER),
+                linewidth=2 if provider == OURS else 1,
+                zorder=3 if provider == OURS else 2,
+                label=provider,
+            )
+    for row, direction in zip(panels, directions, strict=True):
+        row[0].set_ylabel(f"{direction}, ms", fontsize=9)
+        for axes, (name, dtype) in zip(row, names, strict=True):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.grid(which="major", color="#DDDDDD", linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(which="both", labelsize=8)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            if direction == directions[-1]:
+                axes.set_xlabel(f"{name}, {dtype}", fontsize=8)
+    _legend(figure, panels.flat)
+    _save(figure, path)
+
+
 def _dot(axes, x: float, y: int, provider: str) -> None:
     is_ours = provider == OURS
-    colour = COLOURS.get(provider, "#E69F00")
+    colour = COLOURS.get(provider, OTHER)
     axes.scatter(
         x, y, s=60 if is_ours else 34, color=colour, zorder=3 if is_ours else 2, label=provider
     )
@@ -59,11 +102,7 @@ def _dot(axes, x: float, y: int, provider: str) -> None:
 
 def _dot_plot(found: list[Group], path: Path, draw, label: str, start: float) -> None:
     """A row per shape, a panel per direction, a dot per provider."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     found = [g for g in found if g.rows]
     shapes = list(dict.fromkeys((g.shape, g.dtype) for g in found))
     directions = [d for d in DIRECTIONS if any(g.direction == d for g in found)]
@@ -92,15 +131,33 @@ def _dot_plot(found: list[Group], path: Path, draw, label: str, start: float) ->
     first.set_yticks(range(len(shapes)), [f"{shape}  {dtype}" for shape, dtype in shapes])
     first.set_ylim(len(shapes) - 0.5, -0.5)
     figure.supxlabel(label, fontsize=9)
+    _legend(figure, panels[0])
+    _save(figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _legend(figure, panels) -> None:
+    """Every provider once, above all panels."""
     entries = {}
-    for axes in panels[0]:
+    for axes in panels:
         entries |= {
             name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
         }
     figure.legend(
         entries.values(), entries, loc="outside upper center", ncols=4, fontsize=8, frameon=False
     )
+
+
+def _save(figure, path: Path) -> None:
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
     os.replace(temporary, path)
-    pyplot.close(figure)
+    _pyplot().close(figure)

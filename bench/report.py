@@ -20,9 +20,20 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by path, with nothing installed
 
-from bench.groups import ATTENTION, DIRECTIONS, OURS, Group, Suite, groups, merge
+from bench.curves import exponent
+from bench.groups import (
+    ATTENTION,
+    DIRECTIONS,
+    OURS,
+    SCALING,
+    Group,
+    Suite,
+    curves,
+    groups,
+    merge,
+)
 from bench.page import page
-from bench.plots import plot_peak, plot_speedup
+from bench.plots import plot_curves, plot_peak, plot_speedup
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPEEDUP = re.compile(r"~?([\d.]+)x")
@@ -54,6 +65,8 @@ def regenerate(folder: Path) -> None:
             continue
         found = groups(results)
         plot_speedup(found, folder / f"{path.stem}_speedup.png")
+        if found[0].suite is SCALING:
+            plot_curves(found, folder / f"{path.stem}_curves.png")
         if found[0].suite.peak:
             plot_peak(found, folder / f"{path.stem}_peak.png")
         sections.append(markdown(results, found))
@@ -204,6 +217,8 @@ def markdown(results: dict, found: list[Group]) -> str:
         "",
         *([f"![share of peak]({suite.name}_peak.png)", ""] if suite.peak else []),
     ]
+    if suite is SCALING:
+        lines += ["![curves](scaling_curves.png)", "", *_exponent_table(found), ""]
     for (_, dtype, direction), part in _sections(found):
         peers = measured_peers(part)
         lines += [
@@ -242,6 +257,17 @@ def caveats(machine: dict) -> list[str]:
 
 def _markdown_table(names: list[str], part: list[Group], peers: list[str]) -> list[str]:
     rows = [names, ["---", *["---:"] * (len(names) - 1)], *(cells(g, peers) for g in part)]
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _exponent_table(found: list[Group]) -> list[str]:
+    """What time grows like: size to this power, over all measured sizes of a curve."""
+    every = {(curve.name, curve.dtype, curve.direction): curve.providers for curve in curves(found)}
+    names = list(dict.fromkeys(p for providers in every.values() for p in providers))
+    rows = [["exponent of", "dtype", "direction", *names], ["---"] * 3 + ["---:"] * len(names)]
+    for key, providers in every.items():
+        fitted = (exponent(*providers[p]) if p in providers else None for p in names)
+        rows.append([*key, *("-" if x is None else f"{x:.2f}" for x in fitted)])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""The suites: attention, bound by arithmetic; operators bound by memory; steps of whole models."""
+"""The suites: attention and how it scales; operators bound by memory; steps of whole models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from bench.attention_cases import AttentionCase
 from bench.attention_providers import PROVIDERS as ATTENTION_PROVIDERS
+from bench.curves import POINTS, make_case
 from bench.memory_calls import MemoryCall
 from bench.memory_cases import CASES
 from bench.memory_providers import PROVIDERS as MEMORY_PROVIDERS
@@ -48,7 +49,8 @@ ATTENTION = Suite("attention", SETS, ATTENTION_PROVIDERS, AttentionCase.make, 1.
 MEMORY = Suite("memory", CASES, MEMORY_PROVIDERS, MemoryCall.make, 0.2)
 # A graph would keep the activations of a step alive, for each provider.
 MODELS = Suite("models", STEPS, MODEL_PROVIDERS, ModelCase.make, 1.0, 150, graphs=False)
-SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS)}
+SCALING = Suite("scaling", POINTS, ATTENTION_PROVIDERS, make_case, 0.3)
+SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS, SCALING)}
 
 
 if __name__ == "__main__":  # `vidgen info`: what each is, and why this machine lacks it if it does

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import gpu, groups, measure, report, subjects
+from bench import curves, gpu, groups, measure, report, subjects
 from bench.memory_calls import MemoryCall
 from bench.memory_cases import CASES, MemoryCase
 from bench.model_cases import STEPS, ModelCase, ModelStep
@@ -330,6 +330,31 @@ def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
     assert "| shape | ours, ms/step | tokens/s | MB | error | vs eager | vs planted |" in text
     assert "| flux_train_384p | 2 | 1000 | 3 | 1e-06 | ~2.50x | WRONG |" in text
     assert "peak" not in text
+
+
+def test_report_of_scaling_fits_exponents(tmp_path: Path) -> None:
+    results = invented_results()
+    (ours, _), results["benchmarks"] = results["benchmarks"], []
+    for x, median_ms in ((2, 4.0), (4, 16.0), (8, 64.0)):
+        more = {"op": "scaling", "shape": f"frames_{x}", "curve": "frames", "x": x}
+        info = {**ours["extra_info"], **more, "median_ms": median_ms}
+        results["benchmarks"].append({**ours, "extra_info": info})
+    results["not_measured"] = []
+    path = tmp_path / "new.json"
+    path.write_text(json.dumps(results))
+    assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
+    assert {p.name for p in (tmp_path / "cpu").glob("*.png")} >= {"scaling_curves.png"}
+    assert "| frames | fp32 | fwd | 2.00 |" in (tmp_path / "cpu" / "README.md").read_text()
+
+
+def test_exponents_of_powers() -> None:
+    sizes = [1, 2, 5, 30]
+    assert curves.exponent(sizes, [3 * x**1.5 for x in sizes]) == pytest.approx(1.5)
+    assert curves.exponent([4], [1.0]) is None
+    assert [p.x for p in curves.POINTS["real"] if p.curve == curves.TOKENS][-1] == 131072
+    for point in curves.POINTS["real"]:
+        if point.curve == curves.CACHED:
+            assert point.shape.is_full and point.shape.n_keys == point.x * point.shape.n_queries
 
 
 def test_comparing_results_finds_what_regressed(tmp_path: Path, capfd) -> None:
