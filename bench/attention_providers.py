@@ -6,6 +6,7 @@ whatever depends on q, k, v is part of the call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -178,6 +179,45 @@ def _flash_attn(case: AttentionCase) -> Attention:
     return _per_block(case, _tokens_before_heads(flash_attn_func))
 
 
+def _flash_attn_4(case: AttentionCase) -> Attention:
+    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = flash_attn_func(q, k, v)
+        return found[0] if isinstance(found, tuple) else found  # versions with lse beside it
+
+    return _per_block(case, _tokens_before_heads(attention))
+
+
+def _natten(case: AttentionCase) -> Attention:
+    """Frames of equal size are neighbourhoods: as many frames as there are, causal in time."""
+    from natten import na3d  # pyright: ignore[reportMissingImports]
+
+    frames, tokens = len(case.shape.blocks), case.shape.blocks[0]
+    height, width = near_square(tokens)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grid = (x.transpose(1, 2).unflatten(1, (frames, height, width)) for x in (q, k, v))
+        out = na3d(*grid, kernel_size=(frames, height, width), is_causal=(True, False, False))
+        return out.flatten(1, 3).transpose(1, 2)
+
+    return attention
+
+
+def near_square(n: int) -> tuple[int, int]:
+    """The two factors of ``n`` that are nearest to each other, the smaller first."""
+    small = next(i for i in range(math.isqrt(n), 0, -1) if n % i == 0)
+    return small, n // small
+
+
+def natten_refuses(case: AttentionCase, backward: bool) -> str | None:
+    shape = case.shape
+    is_uniform = shape.mask == "block_causal" and len(set(shape.blocks)) == 1
+    if not is_uniform or shape.query_blocks or len(shape.blocks) == 1 or shape.kv_heads:
+        return "only for several frames of one size that all ask"
+    return needs_16_bits(case, backward)
+
+
 def _xformers(case: AttentionCase) -> Attention:
     from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
@@ -240,6 +280,20 @@ PROVIDERS = as_table(
         _flash_attn,
         missing=package("flash-attn", "flash_attn"),
         refuses=needs_16_bits,
+    ),
+    Provider(
+        "flash_attn_4_per_block",
+        "flash-attn-4 (CuTe, Hopper and later) once per block",
+        _flash_attn_4,
+        missing=package("flash-attn-4", "flash_attn.cute"),
+        refuses=needs_16_bits,
+    ),
+    Provider(
+        "natten",
+        "NATTEN's 3-D neighbourhood attention, causal in time",
+        _natten,
+        missing=package("natten", "natten"),
+        refuses=natten_refuses,
     ),
     Provider(
         "xformers_per_block",

@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import curves, gpu, groups, measure, report, subjects
+from bench import attention_providers, curves, gpu, groups, measure, report, subjects
 from bench.memory_calls import MemoryCall
 from bench.memory_cases import CASES, MemoryCase
 from bench.model_cases import STEPS, ModelCase, ModelStep
@@ -355,6 +356,22 @@ def test_exponents_of_powers() -> None:
     for point in curves.POINTS["real"]:
         if point.curve == curves.CACHED:
             assert point.shape.is_full and point.shape.n_keys == point.x * point.shape.n_queries
+
+
+def test_natten_takes_equal_frames_only() -> None:
+    shapes = {shape.name: shape for shape in ATTENTION.sets["real"]}
+    device = torch.device("meta")
+
+    def refuses(name: str, dtype: torch.dtype = torch.bfloat16) -> str | None:
+        case = SimpleNamespace(shape=shapes[name], dtype=dtype, device=device)
+        return attention_providers.natten_refuses(case, True)
+
+    assert refuses("wan_14b_block_causal") is None
+    assert "float16" in refuses("wan_14b_block_causal", torch.float32)
+    for name in ("wan_14b_teacher_forcing", "nova_cache_step8", "nova_temporal_train"):
+        assert "frames of one size" in refuses(name)
+    assert attention_providers.near_square(1560) == (39, 40)
+    assert attention_providers.near_square(7) == (1, 7)
 
 
 def test_comparing_results_finds_what_regressed(tmp_path: Path, capfd) -> None:

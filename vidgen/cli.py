@@ -28,7 +28,7 @@ EXTRAS = {
     "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib", "markdown_it"),
     "models": ("diffusers", "transformers", "safetensors", "av"),
     "profiling": ("nvtx",),
-    "peers": ("flash_attn", "liger_kernel", "xformers"),
+    "peers": ("flash_attn", "liger_kernel", "natten", "xformers"),
 }
 
 # A finished test in pytest's verbose output: its parameters and how far the run is.
