@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from shutil import which
 
@@ -25,6 +25,7 @@ sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parent / "kernels")]  # run by pa
 
 import ranges  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from bench.cases import Case, Function, as_tuple  # noqa: E402
@@ -129,24 +130,24 @@ def prepare(case: Case, function: Function, direction: str) -> Callable[[int], C
 
 
 @contextmanager
-def recorded(device: torch.device) -> Iterator[None]:
+def recorded(device: torch.device, model: nn.Module | None) -> Iterator[None]:
     """The region that nsys and ncu record, with named ranges; all its kernels end inside."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-    with ranges.enabled():
+    with ranges.enabled(model):
         yield
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
 
 
-def by_torch(work: Callable[[], None], device: torch.device, stem: Path) -> None:
+def by_torch(work: Callable[[], None], record: AbstractContextManager, stem: Path) -> None:
     """Prints the table of costs; writes it and a trace for chrome://tracing or ui.perfetto.dev."""
-    cuda = device.type == "cuda"
+    cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
-    with profile(activities=activities, acc_events=True) as profiler, recorded(device):
+    with profile(activities=activities, acc_events=True) as profiler, record:
         work()
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60)
@@ -183,10 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(WARM_UP):
         calls(1)()
     work = calls(args.calls)
+    record = recorded(args.device, getattr(case, "model", None))  # of a whole step
     if args.mode == "torch":
-        by_torch(work, args.device, stem)
+        by_torch(work, record, stem)
     else:
-        with recorded(args.device):
+        with record:
             work()
     return 0
 

@@ -24,10 +24,17 @@ pytestmark = pytest.mark.portable_only
 PROFILING = Path(__file__).parents[1] / "profiling"
 OPS = {"interval_attention_fwd", "interval_attention_bwd"}
 
-# By path: from Python 3.15 on, `profiling` is a package of the standard library.
-_spec = importlib.util.spec_from_file_location("vidgen_profiling_ranges", PROFILING / "ranges.py")
-ranges = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(ranges)
+
+def load(name: str):
+    """By path: from Python 3.15 on, `profiling` is a package of the standard library."""
+    path = PROFILING / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"vidgen_profiling_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ranges = load("ranges")
 
 
 class Block(nn.Module):
@@ -127,6 +134,23 @@ def test_scripts_say_what_they_run(tool: str) -> None:
     }
     assert line.startswith(f"{tool} ")
     assert all(words in line for words in (*expected[tool], region)), line
+
+
+def test_output_is_pasted_below_its_command() -> None:
+    paste = load("paste")
+    text = 'Say it:\n\n    $ python -c "print(6 * 7)"\n    41\n    40\n\nand go on.\n'
+    pasted = paste.pasted(text)
+    assert pasted == 'Say it:\n\n    $ python -c "print(6 * 7)"\n    42\n\nand go on.\n'
+    assert paste.pasted(pasted) == pasted
+    with pytest.raises(subprocess.CalledProcessError):
+        paste.pasted("    $ python -c 'raise SystemExit(1)'\n")
+
+
+def test_the_page_shows_what_its_commands_printed() -> None:
+    page = (PROFILING / "README.md").read_text()
+    blocks = list(load("paste").BLOCK.finditer(page))
+    assert len(blocks) >= 4
+    assert all(len(block[0].splitlines()) > 1 for block in blocks)  # the command, then its output
 
 
 def test_documents_name_shapes_that_exist() -> None:
