@@ -17,10 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 
+from bench.memory_cases import CASES  # noqa: E402
 from tests import aot, aot_compile, aot_rows, pipes  # noqa: E402
 from tests.aot_compile import Instruction  # noqa: E402
+from vidgen.shapes import REAL  # noqa: E402
 
 TABLE = ROOT / "bench" / "results" / "a100" / "static.md"
 HEAD_DIMS = (64, 96, 128)  # of the models
@@ -160,6 +163,44 @@ MEMORY = [
 ]
 
 
+# ---- projection of real calls
+
+# Matrix products of each kernel over the two of the forward.
+PRODUCTS = {"fwd": 1.0, "dq": 1.5, "dkdv": 2.0}
+PASSES = {"fwd": ("fwd",), "bwd": ("dq", "dkdv")}
+COPY = 0.8, 0.9  # share of the DRAM bandwidth that a large copy reaches
+
+ON_CALLS = """\
+## Projection of real calls, ms
+
+**Not measured.** Attention: visible pairs at the projected rates above. Memory-bound operators:
+the bytes they must move at {0:.0%} to {1:.0%} of the DRAM bandwidth, as large copies do. A GPU does
+not get below the first figure; launches, tails and clocks come on top of the second.
+"""
+
+
+def projections(attention: list[list[str]]) -> list[list[str]]:
+    """Rows of shape, forward and backward, of all real shapes that the models make."""
+    replay = {row[0]: float(row[ATTENTION.index("replay")].rstrip("%")) / 100 for row in attention}
+    rows = []
+    for shape in REAL:
+        times = []
+        for kernels in PASSES.values():
+            cycles = sum(PRODUCTS[k] / replay[f"{k} D {shape.head_dim}"] for k in kernels)
+            times.append(1e3 * shape.flops("fwd") * cycles / pipes.TENSOR_PEAK)
+        rows.append([shape.name, *(_range(t, MEASURED_OVER_REPLAY) for t in times)])
+    for case in CASES["real"]:
+        floor = case.floor(torch.bfloat16)
+        times = (1e3 * n_bytes / pipes.DRAM for n_bytes in floor)
+        rows.append([case.name, *(_range(t, COPY) if t else "-" for t in times)])
+    return rows
+
+
+def _range(best: float, shares: tuple[float, float]) -> str:
+    low, high = shares
+    return f"{best / high:.3g} to {best / low:.3g}"
+
+
 def report(jobs: int) -> str:
     """The page; raises RuntimeError where a kernel does not compile."""
     attention = list(aot_compile.inspect_all(attention_row, attention_cases(), jobs))
@@ -172,6 +213,8 @@ def report(jobs: int) -> str:
         aot_compile.markdown([ATTENTION, *attention]),
         ON_MEMORY,
         aot_compile.markdown([MEMORY, *(row for rows in memory for row in rows)]),
+        ON_CALLS.format(*COPY),
+        aot_compile.markdown([["call", "fwd", "bwd"], *projections(attention)]),
     )
     return "\n".join(sections)
 

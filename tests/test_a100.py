@@ -7,8 +7,10 @@ import pytest
 import triton
 
 from bench import a100
+from bench.memory_cases import CASES
 from tests import aot_compile, pipes
 from tests.aot_compile import Instruction
+from vidgen.shapes import REAL
 
 pytestmark = pytest.mark.aot
 
@@ -35,7 +37,9 @@ def test_the_page_names_what_ships() -> None:
     shipped = {f"{c.kernel} D {c.head_dim}" for c in a100.attention_cases()}
     shipped |= {case.memory.name for case in a100.memory_cases()}
     parts = [aot_compile.table_rows(part) for part in page.split("## ")]
-    assert {name.split(", ")[-1] for part in parts for name in part} == shipped
+    kernels, calls = parts[:-1], parts[-1]
+    assert {name.split(", ")[-1] for part in kernels for name in part} == shipped
+    assert list(calls) == [s.name for s in (*REAL, *CASES["real"])]
 
 
 @pytest.mark.parametrize("case", a100.attention_cases(), ids=str)
@@ -49,6 +53,12 @@ def test_attention(case, rows: dict[str, list[str]]) -> None:
 def test_memory(case, rows: dict[str, list[str]]) -> None:
     for row in a100.memory_rows(case):
         assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+
+
+def test_projection_follows_from_the_table(rows: dict[str, list[str]]) -> None:
+    attention = [rows[f"{c.kernel} D {c.head_dim}"] for c in a100.attention_cases()]
+    for row in a100.projections(attention):
+        assert rows[row[0]] == row
 
 
 def line(opcode: str, *, stall: int = 1, sets: int = 7, waits: int = 0) -> Instruction:
