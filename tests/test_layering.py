@@ -54,6 +54,7 @@ def test_kernels_need_torch_and_triton_only(path: Path) -> None:
     needs = packages(path) - {"torch", "triton", "vidgen_kernels"}
     # an integration also needs the codebase it patches, but nothing of this repository
     assert not (needs & {"vidgen", "kernels"} if path in INTEGRATIONS else needs)
+    assert path in INTEGRATIONS or "integrations" not in modules(path, "vidgen_kernels")
 
 
 @pytest.mark.parametrize(

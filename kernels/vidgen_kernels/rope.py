@@ -108,7 +108,8 @@ def qk_norm_rope(
             fp64, any strides with a contiguous last dim; weights and biases of any of these dtypes.
         positions: coordinates of the video tokens on every axis, fp32 or fp64; they get no
             gradient. None: no rotation.
-        axes: how many columns of a head each axis turns: even, their sum is D.
+        axes: how many columns of a head each axis turns: even, their sum is D. An axis of two
+            columns turns them by its position, in radians: D / 2 of them say any rotation.
         text: a stream of its own, whose tokens come first in the results and are not rotated.
         text_length: the tokens at the front of a single stream that are not rotated.
         norm: "rms", "layer", or None; statistics in fp32 (fp64 for fp64).

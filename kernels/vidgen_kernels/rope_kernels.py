@@ -84,20 +84,25 @@ def _load_vector(ptr, is_col, offs_d, ACC: tl.constexpr):
 @triton.jit
 def _angles(
     positions_ptr, strides, batch, offs_t, n_tokens, log2_theta,
-    AXES: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    HEAD_DIM: tl.constexpr, AXES: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [ROWS, BLOCK_D / 2]; the angle is 0 for columns past the axes."""
     pair = tl.arange(0, BLOCK_D // 2)
     row = positions_ptr + batch.to(tl.int64) * strides[0] + offs_t.to(tl.int64) * strides[1]
     power = tl.zeros([BLOCK_D // 2], tl.float64)
-    position = tl.zeros([offs_t.shape[0], BLOCK_D // 2], tl.float64)
-    first = 0
-    for i in tl.static_range(len(AXES)):  # pyright: ignore
-        in_axis = (pair >= first) & (pair < first + AXES[i] // 2)
-        power = tl.where(in_axis, (pair - first).to(tl.float64) * (-2 / AXES[i]), power)
-        x = tl.load(row + i * strides[2], mask=offs_t < n_tokens, other=0.0).to(tl.float64)
-        position = tl.where(in_axis[None, :], x[:, None], position)
-        first += AXES[i] // 2
+    if 2 * len(AXES) == HEAD_DIM:  # an axis for each pair: its positions are the angles
+        mask = (offs_t < n_tokens)[:, None] & (pair < len(AXES))[None, :]
+        ptrs = row[:, None] + pair[None, :] * strides[2]
+        position = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
+    else:
+        position = tl.zeros([offs_t.shape[0], BLOCK_D // 2], tl.float64)
+        first = 0
+        for i in tl.static_range(len(AXES)):  # pyright: ignore
+            in_axis = (pair >= first) & (pair < first + AXES[i] // 2)
+            power = tl.where(in_axis, (pair - first).to(tl.float64) * (-2 / AXES[i]), power)
+            x = tl.load(row + i * strides[2], mask=offs_t < n_tokens, other=0.0).to(tl.float64)
+            position = tl.where(in_axis[None, :], x[:, None], position)
+            first += AXES[i] // 2
     # theta^power / (2 pi) turns per unit
     frequency = tl.exp2(power * scalar(log2_theta, tl.float64)) * 0.15915494309189535
     return cos_sin(position * frequency[None, :], ACC)
@@ -157,7 +162,7 @@ def _fwd_part(
     if ROTATE:
         cosine, sine = _angles(
             positions_ptr, positions_strides, batch, offs_t, n_tokens, log2_theta,
-            AXES, BLOCK_D, ACC,
+            HEAD_DIM, AXES, BLOCK_D, ACC,
         )  # fmt: skip
     q_weight = _load_vector(vector_ptrs[0], is_col, offs_d, ACC)
     k_weight = _load_vector(vector_ptrs[1], is_col, offs_d, ACC)
@@ -197,7 +202,7 @@ def _bwd_part(
     if ROTATE:
         cosine, sine = _angles(
             positions_ptr, positions_strides, batch, offs_t, n_tokens, log2_theta,
-            AXES, BLOCK_D, ACC,
+            HEAD_DIM, AXES, BLOCK_D, ACC,
         )  # fmt: skip
     q_weight = _load_vector(vector_ptrs[0], is_col, offs_d, ACC)
     k_weight = _load_vector(vector_ptrs[1], is_col, offs_d, ACC)
