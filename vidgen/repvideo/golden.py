@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vidgen.ops import EAGER, Modulation, Ops
 
+from . import golden_models, golden_sampling
+
 Tensors = dict[str, Tensor]
 
 
@@ -72,7 +74,9 @@ def segment(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Te
     return results
 
 
-KINDS: dict[str, Callable[[dict[str, Any], Tensors, Tensors, Ops], Tensors]] = {
+KINDS: dict[str, Callable[..., Any]] = {
+    **golden_models.KINDS,
+    **golden_sampling.KINDS,
     "mix_chain": mix_chain,
     "segment": segment,
 }

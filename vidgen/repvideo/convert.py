@@ -1,0 +1,95 @@
+"""`vidgen convert`: weights of CogVideoX and RepVideo between SAT's layout and that of diffusers.
+
+RepVideo's gates have no place in diffusers: they are the key ``learnable_gating`` of the file, and
+``gates`` in its config.json, both of which our models read and diffusers leaves out with a warning.
+SAT's table of positions is not written: the released code computes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+from vidgen.checkpoint import FILES, read_config, write_state_dict
+
+from .keys import SAT_PREFIX, to_sat
+from .transformer import CogVideoXTransformer
+from .weights import SAT_FILE, is_sat_folder, load_transformer, read_pretrained
+
+WEIGHTS = FILES[0]
+ITERATION = "1"  # the folder of a SAT checkpoint that `latest` names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="folder of SAT (with a file latest), of a diffusers transformer or of a pipeline",
+    )
+    parser.add_argument(
+        "output", type=Path, help="new folder, in the layout that the source does not have"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="for a SAT source: a config.json whose options replace what its weights tell, such "
+        "as the sizes of the videos (default: those of CogVideoX-2B)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the output is written, 1 otherwise."""
+    from safetensors import SafetensorError
+
+    try:
+        convert(args.source, args.output, config=args.config)
+    except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as problem:
+        sys.stderr.write(f"vidgen convert: {problem}\n")
+        return 1
+    sys.stdout.write(f"{args.output}\n")
+    return 0
+
+
+def convert(source: Path, output: Path, *, config: Path | None = None) -> None:
+    """Writes ``source`` to the new folder ``output`` in the other layout.
+
+    Raises:
+        ValueError: ``output`` exists, or a source that is not a whole checkpoint.
+    """
+    if output.exists():
+        raise ValueError(f"output: expected a new folder, {output} exists")
+    if not output.parent.is_dir():
+        raise ValueError(f"output: expected a new folder in one that exists, got {output}")
+    options = {} if config is None else read_config(config.parent, config.name)
+    found, state = read_pretrained(source, **options)
+    model = load_transformer(found, state)  # which says what is missing or left over
+    unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        write = write_diffusers if is_sat_folder(source) else write_sat
+        write(unfinished / output.name, model)
+        (unfinished / output.name).rename(output)
+    finally:
+        shutil.rmtree(unfinished)
+
+
+def write_diffusers(folder: Path, model: CogVideoXTransformer) -> None:
+    """config.json and the weights in a new folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    write_state_dict(folder / WEIGHTS, model.state_dict())
+
+
+def write_sat(folder: Path, model: CogVideoXTransformer) -> None:
+    """A file of weights in a new folder, and the text file that says where it is."""
+    (folder / ITERATION).mkdir(parents=True)
+    state = {SAT_PREFIX + key: x.contiguous() for key, x in to_sat(model.state_dict()).items()}
+    torch.save({"module": state}, folder / ITERATION / SAT_FILE)
+    (folder / "latest").write_text(ITERATION)
