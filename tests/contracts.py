@@ -1,5 +1,7 @@
 """What the contract tests of all operators share: recorded calls, counted launches, peak memory."""
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,6 +65,32 @@ def peak_bytes(run: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that results of operations held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders: Counter[int] = Counter()  # tensors by their storage
+        self.bytes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.bytes[storage.data_ptr()] = storage.nbytes()
+                self.holders[storage.data_ptr()] += 1
+                weakref.finalize(x, self.release, storage.data_ptr())
+        self.peak = max(self.peak, sum(self.bytes.values()))
+        return result
+
+    def release(self, storage: int) -> None:
+        self.holders[storage] -= 1
+        if not self.holders[storage]:
+            self.bytes.pop(storage)
 
 
 def few_rows(shape: TokenShape | LatentShape) -> TokenShape | LatentShape:

@@ -62,6 +62,22 @@ def test_blocks(lengths, window, sinks, lengths_as) -> None:
             check(mask, reference.block_causal_mask(lengths, blocks, **rule))
 
 
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_teacher_forcing_of_conditions(lengths, window, sinks) -> None:
+    rule = {"window": window, "sink_blocks": sinks}
+    full = reference.teacher_forcing_mask(lengths, **rule)
+    for first in range(len(lengths) + 1):
+        noisy = torch.arange(full.shape[1]) - sum(lengths)
+        kept = ((noisy < 0) | (noisy >= sum(lengths[:first]))).nonzero()[:, 0]
+        for given in (lengths, as_tensor(lengths)):
+            mask = IntervalMask.teacher_forcing(given, **rule, first_noisy=first)
+            check(mask, full[:, kept][:, :, kept])
+    for first in (-1, len(lengths) + 1):
+        with pytest.raises(ValueError, match="first_noisy: expected a block in"):
+            IntervalMask.teacher_forcing(lengths, first_noisy=first)
+
+
 def test_full() -> None:
     for q, k in (([3, 2], [1, 4]), ([3], [0]), ([0, 2], [5, 5]), ([], []), ([4, 4], [4, 4])):
         check(IntervalMask.full(q, k), reference.full_mask(q, k))

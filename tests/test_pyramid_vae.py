@@ -1,8 +1,6 @@
 """The causal video VAE: recorded numbers, chunks of time, tiles of space, weights, gradients."""
 
 import json
-import weakref
-from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -12,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.contracts import PeakMemory
 from vidgen import verify
 from vidgen.checkpoint import read_state_dict
 from vidgen.pyramid_flow import vae_layers
@@ -187,32 +185,6 @@ def test_streams_interleave(vae: CausalVideoVAE) -> None:
     frames_a, frames_b = zip(*pairs, strict=True)
     assert_same(torch.cat(frames_a, dim=2), vae.decode(a))
     assert_same(torch.cat(frames_b, dim=2), vae.decode(b))
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that results of operations held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.holders: Counter[int] = Counter()  # tensors by their storage
-        self.bytes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                self.bytes[storage.data_ptr()] = storage.nbytes()
-                self.holders[storage.data_ptr()] += 1
-                weakref.finalize(x, self.release, storage.data_ptr())
-        self.peak = max(self.peak, sum(self.bytes.values()))
-        return result
-
-    def release(self, storage: int) -> None:
-        self.holders[storage] -= 1
-        if not self.holders[storage]:
-            self.bytes.pop(storage)
 
 
 @pytest.mark.parametrize("tile", [None, 32])

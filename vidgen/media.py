@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import written_whole
@@ -14,15 +15,35 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Frames ``[T, H, W, 3]`` uint8 from a video ``[3, T, H, W]`` in [-1, 1], rounded."""
-    frames = pixels.float().clamp(-1, 1).add(1).mul(127.5).round()
+def to_uint8(pixels: Tensor, *, rounded: bool = True) -> Tensor:
+    """Frames ``[T, H, W, 3]`` uint8 from a video ``[3, T, H, W]`` in [-1, 1].
+
+    Rounded, or with the fraction dropped as in the released code of Pyramid Flow and NOVA.
+    """
+    frames = pixels.float().mul(127.5).add(127.5).clamp(0, 255)
+    frames = frames.round() if rounded else frames
     return frames.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
 def from_uint8(frames: Tensor) -> Tensor:
     """A video ``[3, T, H, W]`` fp32 in [-1, 1] from frames ``[T, H, W, 3]`` uint8."""
     return frames.permute(3, 0, 1, 2).float().div(127.5).sub(1)
+
+
+def fit(frames: Tensor, height: int, width: int) -> Tensor:
+    """Frames ``[T, h, w, 3]`` uint8 resized to cover the size and cut to it about the centre.
+
+    A video ``[3, T, height, width]`` fp32 in [-1, 1].
+    """
+    video = from_uint8(frames).transpose(0, 1)  # [T, 3, h, w]
+    h, w = video.shape[-2:]
+    if (h, w) != (height, width):
+        scale = max(height / h, width / w)
+        size = max(round(h * scale), height), max(round(w * scale), width)
+        video = F.interpolate(video, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        video = video[:, :, top : top + height, left : left + width]
+    return video.transpose(0, 1)
 
 
 def read_frames(path: str | Path) -> Tensor:

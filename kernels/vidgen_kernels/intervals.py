@@ -86,16 +86,23 @@ class IntervalMask:
         *,
         window: int | None = None,
         sink_blocks: int = 0,
+        first_noisy: int = 0,
         device: Device = None,
     ) -> IntervalMask:
         """``[clean | noisy]`` copies of the blocks, as CausVid and Self-Forcing train.
 
         Clean block i sees clean blocks as in `block_causal`. Noisy block i sees the clean blocks
-        before i, by the same window and sinks, and itself. Arguments and errors: `block_causal`.
+        before i, by the same window and sinks, and itself. Other arguments, errors: `block_causal`.
+
+        Args:
+            first_noisy: blocks before this one are conditions, which have no noisy copy.
         """
         _check_window(window, sink_blocks)
+        n_blocks = _count("block_lengths", block_lengths)
+        if not _is_int(first_noisy) or not 0 <= first_noisy <= n_blocks:
+            raise ValueError(f"first_noisy: expected a block in 0..{n_blocks}, got {first_noisy!r}")
         lengths = {"block_lengths": block_lengths}
-        return _build(_teacher_forcing, lengths, (window, sink_blocks), device)
+        return _build(_teacher_forcing, lengths, (window, sink_blocks, first_noisy), device)
 
     @classmethod
     def full(
@@ -356,21 +363,26 @@ def _block_causal(
     )
 
 
-def _teacher_forcing(edges: Tensor, window: int | None, sink_blocks: int) -> IntervalMask:
+def _teacher_forcing(
+    edges: Tensor, window: int | None, sink_blocks: int, first_noisy: int
+) -> IntervalMask:
     n_blocks, n_clean = len(edges) - 1, edges[-1]
     i = torch.arange(n_blocks, device=edges.device)
-    itself = (n_clean + edges[:-1], n_clean + edges[1:])
+    of_noisy = n_clean + (edges - edges[first_noisy]).clamp(min=0)  # edges of the noisy copies
+    itself = (of_noisy[first_noisy:-1], of_noisy[first_noisy + 1 :])
     nothing = (torch.zeros_like(edges[1:]), torch.zeros_like(edges[1:]))
 
     clean = [*_past_blocks(edges, i, i + 1, window, sink_blocks), nothing]
-    noisy = [*_past_blocks(edges, i, i, window, sink_blocks), itself]
+    j = i[first_noisy:]
+    noisy = [*_past_blocks(edges, j, j, window, sink_blocks), itself]
     last = _last_query_block(i, n_blocks, window, sink_blocks)
     by_clean = (edges[:-1], edges[last])
-    by_noisy = (n_clean + edges[1:], n_clean + edges[last])
+    by_noisy = (of_noisy[1:], of_noisy[last])
 
-    both = torch.cat([edges, n_clean + edges[1:]])
+    both = torch.cat([edges, itself[1]])
     queries = Runs.of(both, [_join(c, n) for c, n in zip(clean, noisy, strict=True)])
-    keys = Runs.of(both, [_join(by_clean, itself), _join(by_noisy, nothing)])
+    no_other = (nothing[0][first_noisy:], nothing[1][first_noisy:])
+    keys = Runs.of(both, [_join(by_clean, itself), _join(by_noisy, no_other)])
     return IntervalMask(queries, keys, _total(both), _total(both), text_queries=True)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vidgen.ops import IntervalMask, Ops
 
+from . import golden_models, golden_sampling, golden_training, golden_vae
+
 Tensors = dict[str, Tensor]
 
 
@@ -51,4 +53,10 @@ def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
     return results
 
 
-KINDS = {"set_attention": set_attention}
+KINDS = {
+    **golden_models.KINDS,
+    **golden_sampling.KINDS,
+    **golden_training.KINDS,
+    **golden_vae.KINDS,
+    "set_attention": set_attention,
+}

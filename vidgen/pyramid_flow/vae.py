@@ -15,53 +15,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vidgen.posterior import Posterior
+
 from .vae_config import RELEASED, VAEConfig
 from .vae_layers import CausalConv3d, Decoder, Encoder, Stream
 from .vae_tiling import Tiling, decode_tiling, encode_tiling, run_tiled
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """The diagonal Gaussian over the latents of a video."""
-
-    moments: Tensor  # [B, 2 C, T, h, w]: mean, logarithm of the variance
-
-    @property
-    def mean(self) -> Tensor:
-        return self.moments.chunk(2, dim=1)[0]
-
-    @property
-    def logvar(self) -> Tensor:
-        return self.moments.chunk(2, dim=1)[1].clamp(-30.0, 20.0)
-
-    def mode(self) -> Tensor:
-        """The most probable latents [B, C, T, h, w]."""
-        return self.mean
-
-    def sample(
-        self, generator: torch.Generator | None = None, *, noise: Tensor | None = None
-    ) -> Tensor:
-        """Random latents [B, C, T, h, w], by ``noise`` of that shape or one that is drawn."""
-        mean = self.mean
-        if noise is None:
-            # Drawn where the generator lives: a CPU generator gives the same latents everywhere.
-            device = mean.device if generator is None else generator.device
-            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=device)
-        elif noise.shape != mean.shape:
-            raise ValueError(f"noise: expected {list(mean.shape)}, got {list(noise.shape)}")
-        return mean + torch.exp(0.5 * self.logvar) * noise.to(mean)
-
-    def kl(self) -> Tensor:
-        """Divergence from the standard normal [B], summed over a video's latents."""
-        mean, logvar = self.mean, self.logvar
-        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
-
 
 Coder = Callable[[Tensor, Stream | None], Tensor]
 
