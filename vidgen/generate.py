@@ -50,11 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, path in MODELS.items():
         model = importlib.import_module(path)
         own = models.add_parser(name, help=model.SUMMARY, description=model.SUMMARY)
-        _add_common_arguments(own)
+        add_common_arguments(own)
+        own.add_argument(
+            "--output",
+            type=Path,
+            metavar="FILE",
+            required=True,
+            help="a new .mp4, or .png of one frame",
+        )
         model.add_arguments(own.add_argument_group(name))
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a `Run` is made of."""
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", type=Path, metavar="DIR", help="the official checkpoint")
     weights.add_argument(
@@ -70,13 +78,6 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="safetensors with the text features, instead of a prompt and text encoders",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        required=True,
-        help="a new .mp4, or .png of one frame",
-    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--ops", choices=["eager", "fused"], default="fused", help="default: fused")
     parser.add_argument(
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         model = importlib.import_module(MODELS[args.model])
         check_output(args.output, model.count_frames(args))
         with Bars() as progress:
-            video = model.generate(args, _common(args, progress))
+            video = model.generate(args, read_common(args, progress))
         write_frames(args.output, video.frames, video.fps)
     except ValueError as problem:
         sys.stderr.write(f"vidgen generate: {problem}\n")
@@ -101,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _common(args: argparse.Namespace, progress: Progress) -> Run:
+def read_common(args: argparse.Namespace, progress: Progress) -> Run:
+    """What the common options say. Raises ValueError where they do not fit together."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.prompt is not None and args.embeddings is not None:
         raise ValueError("prompt: expected a prompt or embeddings, got both")
-    if args.prompt is None and args.embeddings is None and args.checkpoint is not None:
+    instead = args.embeddings is not None or getattr(args, "class_label", None) is not None
+    if args.prompt is None and not instead and args.checkpoint is not None:
         raise ValueError("prompt: expected a prompt or embeddings, got neither")
     embeddings = None
     if args.embeddings is not None:

@@ -16,7 +16,13 @@ class Where(NamedTuple):
     compared: Tensor
 
 
-Results = dict[str, Tensor | Where]
+class Pixels(NamedTuple):
+    """uint8 frames, which may be one level apart: their fractions were dropped."""
+
+    values: Tensor
+
+
+Results = dict[str, Tensor | Where | Pixels]
 
 
 def flatten(tables: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidgen.golden import Results, Where, flatten
+from vidgen.golden import Pixels, Results, Where, flatten
 from vidgen.nova import golden as nova
 from vidgen.ops import EAGER, FUSED
 from vidgen.pyramid_flow import golden as pyramid_flow
@@ -42,6 +42,7 @@ class Case(NamedTuple):
     atol: float
     rtol: float
     tables: Tensors
+    meanings: dict[str, str]
 
     def tensors(self, prefix: str, device: str, dtype: torch.dtype | None = None) -> Tensors:
         """The tensors below ``prefix``, names without it; floating-point ones in ``dtype``."""
@@ -69,7 +70,8 @@ class Outcome(NamedTuple):
 OPS = {"eager": EAGER, "fused": FUSED}
 
 # {model: {kind: function(config, weights, inputs, ops) -> results by name}}; a function with a
-# parameter `outputs` is told the names that the case holds, where they alone say what is wanted
+# parameter `outputs` is told the names that the case holds, where they alone say what is wanted,
+# one with `meanings` what the case says of each, where arguments of a call stand there alone
 KINDS = {"nova": nova.KINDS, "pyramid_flow": pyramid_flow.KINDS, "repvideo": repvideo.KINDS}
 
 
@@ -88,7 +90,13 @@ def find_cases(folder: Path) -> Iterator[Case]:
                     {name: x for name, x in table.items() if not isinstance(x, (dict, list))}
                     for table in data["tables"]
                 ]
-            yield Case(path, data["model"], data["kind"], config, *bounds, expected)
+            meanings = {
+                name.removeprefix("out."): x.get("meaning", "")
+                for name, x in data.get("tensors", {}).items()
+                if name.startswith("out.")
+            }
+            case = data["model"], data["kind"], config
+            yield Case(path, *case, *bounds, expected, meanings)
 
 
 def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
@@ -97,7 +105,7 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
     if recompute is None:
         return Outcome("SKIP", reason=f"not built yet: {case.model} {case.kind}")
 
-    names: dict[str, list[str]] = {}
+    names: dict[str, Any] = {}
 
     def results(name: str) -> Results:
         w = case.tensors("w.", device, dtype)
@@ -106,8 +114,9 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
 
     try:
         expected = case.tensors("out.", device, torch.float64) | case.tables
-        if "outputs" in inspect.signature(recompute).parameters:
-            names = {"outputs": sorted(expected)}
+        told = {"outputs": sorted(expected), "meanings": case.meanings}
+        parameters = inspect.signature(recompute).parameters
+        names = {name: x for name, x in told.items() if name in parameters}
         actual = results(ops)
         same_dtype = results("eager") if dtype in (torch.float16, torch.bfloat16) else None
     except Exception as problem:  # whatever is wrong with one case, the others still run
@@ -127,10 +136,11 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
             return Outcome("FAIL", reason=f"shape of {name}: {shapes}")
         reference = _only_compared(reference, actual[name])
         error = max_error(_only_compared(values, actual[name]), reference)
+        is_rounded = reference.is_floating_point() or isinstance(actual[name], Pixels)
         tolerance = 0.0  # integers, masks and indices must be equal
-        if reference.is_floating_point():
+        if is_rounded:
             size = reference.abs().max().item() if reference.numel() else 0.0
-            tolerance = case.atol + case.rtol * size
+            tolerance = case.atol + case.rtol * size if reference.is_floating_point() else 1.0
             if same_dtype is not None:
                 rounding = torch.finfo(dtype).eps * size
                 eager = _only_compared(_values(same_dtype[name]), actual[name])
@@ -142,18 +152,19 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
     return worst
 
 
-def _values(result: Tensor | Where) -> Tensor:
-    return result.values if isinstance(result, Where) else result
+def _values(result: Tensor | Where | Pixels) -> Tensor:
+    return result if isinstance(result, Tensor) else result.values
 
 
-def _only_compared(x: Tensor, result: Tensor | Where) -> Tensor:
+def _only_compared(x: Tensor, result: Tensor | Where | Pixels) -> Tensor:
     """The elements of ``x`` that count, by what is said with ``result``."""
     return x[result.compared.expand_as(x)] if isinstance(result, Where) else x
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference; equal infinities do not differ."""
-    actual, expected = actual.detach().double(), expected.double()
+    # tables of a schedule are on the CPU wherever the case is
+    actual, expected = actual.detach().to(expected.device).double(), expected.double()
     difference = torch.where(actual == expected, 0.0, (actual - expected).abs())
     return difference.max().item() if difference.numel() else 0.0
 

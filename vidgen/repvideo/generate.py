@@ -1,0 +1,258 @@
+"""`vidgen generate repvideo`: text to video by RepVideo or CogVideoX."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.checkpoint import read_config
+from vidgen.generate import Run, Video
+from vidgen.media import to_uint8
+
+from .config import CogVideoXConfig
+from .pipeline import RepVideoPipeline, Sampling, VideoSize
+from .sampling import Guidance
+from .schedules import SAMPLERS, build_scheduler, diffusers_schedule, sat_schedule
+from .text import Prompts, load_text_encoder, prompts_of
+from .transformer import CogVideoXTransformer
+from .vae import load_pretrained_vae
+from .weights import is_sat_folder, load_pretrained
+
+SUMMARY = "RepVideo or CogVideoX: text to video"
+FPS = 8.0
+
+# What --random-weights makes, and its video.
+RANDOM = CogVideoXConfig(
+    num_attention_heads=2,
+    attention_head_dim=16,
+    time_embed_dim=16,
+    text_embed_dim=16,
+    num_layers=8,
+    sample_width=8,
+    sample_height=6,
+    sample_frames=9,
+    max_text_seq_length=8,
+    gates=True,
+)
+RANDOM_SIZE = VideoSize(48, 64, 9)
+RANDOM_VAE = {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "layers_per_block": 1}
+
+# Beside a SAT folder, as the released checkpoints lie.
+SAT_VAE, SAT_TEXT_ENCODER = "vae/3d-vae.pt", "t5-v1_1-xxl"
+LARGE_SCALING = 0.7  # of the latents of the models with rotary positions
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    group.description = (
+        "The checkpoint is a SAT folder, which has a file named latest, or a pipeline of "
+        "diffusers. A file of embeddings has prompt_embeds and perhaps negative_prompt_embeds, "
+        "[1, S, W] each."
+    )
+    add_model_arguments(group)
+    group.add_argument(
+        "--vae",
+        type=Path,
+        metavar="PATH",
+        help=f"folder of diffusers or file of SAT (default: vae of a pipeline; ../{SAT_VAE} "
+        "beside a SAT folder)",
+    )
+    group.add_argument(
+        "--tiling",
+        action="store_true",
+        help="decode in tiles: less memory, and slightly another picture",
+    )
+
+
+def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    """What it takes to make latents."""
+    add = group.add_argument
+    size = VideoSize()
+    small = f"with random weights {RANDOM_SIZE.height} x {RANDOM_SIZE.width}"
+    add("--height", type=int, help=f"a multiple of 16 (default: {size.height}; {small})")
+    add("--width", type=int, help=f"a multiple of 16 (default: {size.width})")
+    add(
+        "--frames",
+        type=int,
+        help=f"1 + 4 k (default: {size.n_frames}; with random weights {RANDOM_SIZE.n_frames})",
+    )
+    add("--steps", type=int, default=50, help="default: %(default)s")
+    add(
+        "--guidance",
+        type=float,
+        default=Guidance.scale,
+        help="0: none; 1: none, where it is not dynamic (default: %(default)s)",
+    )
+    add(
+        "--dynamic-guidance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a weight that changes from step to step, up to 1 + the guidance (default: on)",
+    )
+    add("--sampler", choices=SAMPLERS, help="default: dpm, or what a pipeline names")
+    add(
+        "--schedule",
+        choices=["sat", "diffusers"],
+        help="whose noise levels and precision of latents (default: by the checkpoint's layout)",
+    )
+    add(
+        "--unconditional",
+        choices=["zeros", "prompt"],
+        help="guidance leads away from zeros, as RepVideo is released, or from the negative "
+        "prompt, as diffusers does (default: by the layout; prompt where one is given)",
+    )
+    add(
+        "--text-encoder",
+        type=Path,
+        metavar="DIR",
+        help="T5 with its tokenizer (default: text_encoder and tokenizer of a pipeline; "
+        f"../{SAT_TEXT_ENCODER} beside a SAT folder)",
+    )
+
+
+def count_frames(args: argparse.Namespace) -> int:
+    return read_size(args).n_frames
+
+
+def generate(args: argparse.Namespace, run: Run) -> Video:
+    """A video of one prompt; models are loaded in turn, each when it is needed."""
+    transformer, prompts = load_models(args, run)
+    sampling = read_sampling(args, transformer.config)
+    vae = find_vae(args, run, transformer.config)
+    if args.tiling:
+        vae.enable_tiling()
+    make = RepVideoPipeline(transformer, vae)
+    pixels = make(prompts, read_size(args), sampling, run.generator, run.progress)
+    return Video(to_uint8(pixels[0]), FPS)
+
+
+def read_size(args: argparse.Namespace) -> VideoSize:
+    default = RANDOM_SIZE if args.checkpoint is None else VideoSize()
+    given = args.height, args.width, args.frames
+    known = default.height, default.width, default.n_frames
+    return VideoSize(*(b if a is None else a for a, b in zip(given, known, strict=True)))
+
+
+def read_sampling(args: argparse.Namespace, config: CogVideoXConfig) -> Sampling:
+    """Steps and guidance. Raises ValueError for numbers out of range."""
+    guidance = _read_guidance(args)
+    if not _is_diffusers(args):
+        shift = 1.0 if config.use_rotary_positional_embeddings else 3.0
+        return Sampling(sat_schedule(args.steps, shift, args.sampler or "dpm"), guidance)
+    folder = None if args.checkpoint is None else args.checkpoint / "scheduler"
+    if folder is None or not folder.is_dir():
+        raise ValueError("schedule: expected sat without the scheduler of a pipeline of diffusers")
+    scheduler = build_scheduler(read_config(folder, "scheduler_config.json"), args.sampler)
+    return Sampling(diffusers_schedule(args.steps, scheduler), guidance, latent_dtype=None)
+
+
+def _read_guidance(args: argparse.Namespace) -> Guidance:
+    if args.guidance < 0:
+        raise ValueError(f"guidance: expected 0 or above, got {args.guidance}")
+    if args.dynamic_guidance:
+        return Guidance(args.guidance)
+    return Guidance(args.guidance or 1.0, None)
+
+
+def load_models(args: argparse.Namespace, run: Run) -> tuple[CogVideoXTransformer, Prompts]:
+    """The transformer, and the features of the prompts for it.
+
+    Sizes are checked before anything large is read, and T5 is gone before the transformer comes.
+    """
+    size, prompts = read_size(args), None
+    if run.checkpoint is None:
+        size.latent_shape(RANDOM)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.generator.initial_seed())
+            transformer = CogVideoXTransformer(RANDOM, run.ops)
+        if run.embeddings is None:
+            shape = 1, RANDOM.max_text_seq_length, RANDOM.text_embed_dim
+            prompts = Prompts(torch.randn(shape, generator=run.generator), None)
+    else:
+        if not run.checkpoint.is_dir():
+            raise ValueError(f"checkpoint: expected a folder, {run.checkpoint} is none")
+        size.latent_shape(_config_in(run.checkpoint))
+        if run.embeddings is None:
+            prompts = _encode(args, run)
+        transformer = load_pretrained(run.checkpoint, run.ops)
+    if prompts is None:
+        prompts = prompts_of(run.embeddings or {}, transformer.config.text_embed_dim)
+    transformer = transformer.eval().requires_grad_(False).to(run.device, run.dtype)
+    text, uncond = (x if x is None else x.to(run.device, run.dtype) for x in prompts)
+    assert text is not None
+    return transformer, Prompts(text, _uncond(args, text, uncond))
+
+
+def _config_in(folder: Path) -> CogVideoXConfig:
+    """Of a pipeline or a transformer; a SAT folder has none: that of RepVideo."""
+    if is_sat_folder(folder):
+        return CogVideoXConfig()
+    path = folder / "transformer"
+    return CogVideoXConfig.from_dict(read_config(path if path.is_dir() else folder))
+
+
+def _encode(args: argparse.Namespace, run: Run) -> Prompts:
+    assert run.checkpoint is not None and run.prompt is not None
+    folder, tokenizer = args.text_encoder, None
+    if folder is None and is_sat_folder(run.checkpoint):
+        folder = run.checkpoint.resolve().parent / SAT_TEXT_ENCODER
+    elif folder is None:
+        folder, tokenizer = run.checkpoint / "text_encoder", run.checkpoint / "tokenizer"
+    length = _config_in(run.checkpoint).max_text_seq_length
+    encoder = load_text_encoder(folder, tokenizer, dtype=run.dtype, length=length)
+    encoder.model.to(run.device)
+    text = encoder.encode([run.prompt])
+    if _read_guidance(args).is_none or _is_zeros(args):
+        return Prompts(text, None)
+    return Prompts(text, encoder.encode([run.negative_prompt]))
+
+
+def _uncond(args: argparse.Namespace, text: Tensor, uncond: Tensor | None) -> Tensor | None:
+    """What guidance leads away from, given the features of a file or of the negative prompt."""
+    if _read_guidance(args).is_none:
+        return None
+    if args.unconditional == "zeros" or (uncond is None and _is_zeros(args)):
+        return torch.zeros_like(text)
+    if uncond is None:
+        raise ValueError(
+            "embeddings: expected negative_prompt_embeds for guidance, got none; "
+            "--unconditional zeros does without"
+        )
+    return uncond
+
+
+def _is_zeros(args: argparse.Namespace) -> bool:
+    if args.checkpoint is None and args.embeddings is None:
+        return True  # nothing encodes prompts
+    if args.unconditional is not None:
+        return args.unconditional == "zeros"
+    return not args.negative_prompt and not _is_pipeline(args)
+
+
+def _is_diffusers(args: argparse.Namespace) -> bool:
+    return _is_pipeline(args) if args.schedule is None else args.schedule == "diffusers"
+
+
+def _is_pipeline(args: argparse.Namespace) -> bool:
+    return args.checkpoint is not None and not is_sat_folder(args.checkpoint)
+
+
+def find_vae(args: argparse.Namespace, run: Run, config: CogVideoXConfig) -> Any:
+    """The VAE for a transformer; a file of SAT does not tell the scale of its latents."""
+    if run.checkpoint is None:
+        from diffusers import AutoencoderKLCogVideoX
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.generator.initial_seed())
+            vae: Any = AutoencoderKLCogVideoX(**RANDOM_VAE)
+    else:
+        path = args.vae or run.checkpoint / "vae"
+        if args.vae is None and is_sat_folder(run.checkpoint):
+            path = run.checkpoint.resolve().parent / SAT_VAE
+        is_large = config.use_rotary_positional_embeddings and not path.is_dir()
+        vae = load_pretrained_vae(path, **({"scaling_factor": LARGE_SCALING} if is_large else {}))
+    # not vae.to, which warns of modules to be kept in fp32 although it names none
+    return nn.Module.to(vae.eval().requires_grad_(False), run.device, run.dtype)
