@@ -13,6 +13,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidgen_kernels import IntervalMask, Modulation, QKVStream, TrainingPair
 from vidgen_kernels.feature_cache import Segment
+from vidgen_kernels.sampler import LinearStep
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Without a mask."""
+    return _dense_attention(q, k, v, None, return_lse)
 
 
 def interval_attention(
@@ -56,15 +64,18 @@ def set_masked_attention(
 
 
 def _dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``mask`` is bool ``[B or 1, Tq, Tk]``."""
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+    """``mask`` is bool ``[B or 1, Tq, Tk]``; None: every query sees every key."""
+    mask = None if mask is None else mask[:, None]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     if not return_lse:
         return out
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * q.shape[-1] ** -0.5
-    return out, scores.masked_fill(~mask[:, None], float("-inf")).logsumexp(dim=-1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return out, scores.logsumexp(dim=-1)
 
 
 def qk_norm_rope(
@@ -206,6 +217,29 @@ def dpm_step(
     from_x0 = math.expm1(-2 * h) * sqrt_alpha_next
     from_noise = (1 - sqrt_alpha_next**2) ** 0.5 * (1 - math.exp(-2 * h)) ** 0.5
     out = k * math.exp(-h) * x - from_x0 * estimate + from_noise * noise
+    return out.to(x.dtype), x0
+
+
+def linear_step(
+    x: Tensor,
+    velocity: Tensor,
+    step: LinearStep,
+    *,
+    uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    is_update: bool = False,
+    return_x0: bool = False,
+) -> tuple[Tensor, Tensor]:
+    v = _guided(velocity, uncond, guidance)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = step.c_x * wide + step.c_v * v
+    if previous is not None:
+        out = out + step.c_p * previous
+    if noise is not None:
+        out = out + step.c_z * noise
+    x0 = step.a_x * wide + step.a_v * v if return_x0 else wide.new_empty(0)
     return out.to(x.dtype), x0
 
 

@@ -15,14 +15,16 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
 
 
-def to_uint8(pixels: Tensor, *, rounded: bool = True) -> Tensor:
-    """Frames ``[T, H, W, 3]`` uint8 from a video ``[3, T, H, W]`` in [-1, 1].
+def to_uint8(video: Tensor, *, rounded: bool = True) -> Tensor:
+    """Frames ``[..., T, H, W, 3]`` uint8 from a video ``[..., 3, T, H, W]`` in [-1, 1].
 
-    Rounded, or with the fraction dropped as in the released code of Pyramid Flow and NOVA.
+    ``127.5 * video + 127.5``, clamped; its fraction is rounded or, as in the code that Pyramid Flow
+    and NOVA are released with, dropped.
     """
-    frames = pixels.float().mul(127.5).add(127.5).clamp(0, 255)
-    frames = frames.round() if rounded else frames
-    return frames.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    x = video.to(torch.promote_types(video.dtype, torch.float32))
+    pixels = (x * 127.5).add_(127.5).clamp_(0, 255).movedim(-4, -1)
+    pixels = pixels.round() if rounded else pixels
+    return pixels.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def from_uint8(frames: Tensor) -> Tensor:

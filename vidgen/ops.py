@@ -7,14 +7,18 @@ Neither holds parameters, so state dicts do not depend on the choice.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 import vidgen_kernels as fused
 from vidgen import eager
 from vidgen_kernels import IntervalMask, Modulation, QKVStream, TrainingPair, renoise_coefficients
+from vidgen_kernels.sampler import LinearStep
 
 __all__ = [
     "EAGER",
     "FUSED",
     "IntervalMask",
+    "LinearStep",
     "Modulation",
     "Ops",
     "QKVStream",
@@ -26,6 +30,7 @@ __all__ = [
 class Ops(NamedTuple):
     """Functions of the shapes, meaning and returns of those in `vidgen_kernels`."""
 
+    attention: Callable[..., Any]  # (q, k, v): every query sees every key
     interval_attention: Callable[..., Any]
     set_masked_attention: Callable[..., Any]
     residual_norm: Callable[..., Any]
@@ -40,9 +45,18 @@ class Ops(NamedTuple):
     euler_step: Callable[..., Any]
     ddim_step: Callable[..., Any]
     dpm_step: Callable[..., Any]
+    linear_step: Callable[..., Any]
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    mask = IntervalMask.full([q.shape[2]], [k.shape[2]], device=q.device)
+    return fused.interval_attention(q, k, v, mask, return_lse=return_lse)
 
 
 EAGER = Ops(
+    attention=eager.attention,
     interval_attention=eager.interval_attention,
     set_masked_attention=eager.set_masked_attention,
     residual_norm=eager.residual_norm,
@@ -57,8 +71,10 @@ EAGER = Ops(
     euler_step=eager.euler_step,
     ddim_step=eager.ddim_step,
     dpm_step=eager.dpm_step,
+    linear_step=eager.linear_step,
 )
 FUSED = Ops(
+    attention=_fused_attention,
     interval_attention=fused.interval_attention,
     set_masked_attention=fused.set_masked_attention,
     residual_norm=fused.residual_norm,
@@ -73,4 +89,5 @@ FUSED = Ops(
     euler_step=fused.euler_step,
     ddim_step=fused.ddim_step,
     dpm_step=fused.dpm_step,
+    linear_step=fused.sampler.linear_step,
 )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.checkpoint import load_exactly, read_config, read_state_dict, write_state_dict
+from vidgen.text_encoders import read_tokenizer
 
 MAX_LENGTH = 256  # `text_token_len` of all released models
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -91,10 +92,8 @@ def load_text_encoder(
         raise ValueError(
             f"folder: expected {' or '.join(FILES)} in {folder / 'text_encoder'}, found none"
         )
-    if not (folder / "tokenizer").is_dir():
-        raise ValueError(f"folder: expected tokenizer in {folder}, found none")
     model = load_phi(read_config(folder / "text_encoder"), read_state_dict(path), dtype)
-    tokenizer = CodeGenTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    tokenizer = read_tokenizer(CodeGenTokenizer, folder / "tokenizer")
     return TextEncoder(tokenizer, model, max_length)
 
 

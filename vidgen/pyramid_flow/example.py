@@ -1,5 +1,5 @@
-"""Steps of training and sampling on random numbers at released sizes: for benchmarks, profiles
-and tests."""
+"""Steps of training and sampling, and whole videos, on random numbers at released sizes: for
+benchmarks, profiles and tests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from vidgen.ops import Ops
 from .config import FluxConfig, MMDiTConfig
 from .flux import PyramidFluxTransformer
 from .history import HistoryClip, history_layout, training_units, unit_frames
+from .kv_cache import OFF, CachePolicy, StageCache
 from .mmdit import PyramidDiffusionMMDiT
+from .noise import DrawnNoise
+from .positions import Column
+from .sampling import sample
+from .sampling_config import SamplingConfig
 from .scheduler import PyramidFlowScheduler
-from .sequence import Packing
+from .sequence import Packing, grids_of
+from .text import TEXT_LENGTH, Prompts, TextFeatures
 from .training import (
     ColumnDraws,
     Conditions,
@@ -29,8 +35,7 @@ from .training import (
 )
 from .transformer import PyramidTransformer
 
-LATENTS = {"384p": (48, 80), "768p": (96, 160), "toy": (8, 16)}  # height, width
-TEXT_LENGTH = 128
+LATENTS = {"192p": (24, 40), "384p": (48, 80), "768p": (96, 160), "toy": (8, 16)}  # height, width
 
 
 def example_config(
@@ -101,6 +106,69 @@ class SamplingExample(NamedTuple):
         (velocity,) = model(*arguments, packing=self.packing)
         return velocity
 
+    def as_sampled(
+        self, model: PyramidTransformer, past_frames: int = 0
+    ) -> Callable[[PyramidTransformer], Tensor]:
+        """The same call in the way of `sampling.sample`, whose preparations are made here.
+
+        Text is embedded, the last block runs on the tokens alone that are being made, and keys and
+        values of the ``past_frames`` oldest frames, all of the first clip, are in a cache.
+        """
+        features, text_mask, pooled = self.conditions
+        text, config = model.embed_text(features, pooled), model.config
+        old, rest = self.clips[0][:, :, :past_frames], self.clips[0][:, :, past_frames:]
+        (column,) = grids_of([self.clips], config.latent_channels)
+
+        def call(
+            model: PyramidTransformer,
+            clips: list[Tensor],
+            packing: Packing,
+            cache: StageCache | None,
+        ) -> Tensor:
+            caches = None if cache is None else cache.blocks(0)
+            (velocity,) = model([clips], self.timestep, text, packing=packing, caches=caches)
+            return velocity
+
+        def pack_call(column: Column, past_frames: int) -> Packing:
+            return model.pack_call(
+                column, features, text_mask, past_frames=past_frames, only_current=True
+            )
+
+        packing, clips, cache = pack_call(column, past_frames), self.clips, None
+        if past_frames:
+            _, rows, cols = column[0]
+            n_past = features.shape[1] + past_frames * rows * cols
+            size = 2, model.n_blocks, len(features), config.num_attention_heads, n_past
+            entry = features.new_zeros(*size, config.attention_head_dim)
+            before = (past_frames, rows, cols), column[-1]
+            filled = StageCache([entry], 0, n_past, 0)
+            call(model, [old, self.clips[-1]], pack_call(before, 0), filled)
+            cache = StageCache([entry], n_past, 0, past_frames)
+            clips = [*([rest] if rest.shape[2] else []), *self.clips[1:]]
+        return lambda model: call(model, clips, packing, cache)
+
+
+class VideoExample(NamedTuple):
+    """What a whole video is sampled from; every stage of every unit has one step."""
+
+    text: Prompts
+    size: tuple[int, int]
+    n_units: int
+
+    def __call__(self, model: PyramidTransformer, *, cached: bool = False) -> Tensor:
+        """The latents ``[1, C, T, h, w]``."""
+        device = next(model.parameters()).device
+        noise = DrawnNoise(torch.Generator(device).manual_seed(0))
+        steps = (1,) * TrainingConfig().n_stages
+        config = SamplingConfig(
+            self.size,
+            self.n_units,
+            first_steps=steps,
+            steps=steps,
+            cache=CachePolicy() if cached else OFF,
+        )
+        return sample(model, self.text, config, noise=noise)
+
 
 def training_example(
     model: PyramidTransformer,
@@ -147,6 +215,19 @@ def sampling_example(
     timestep = torch.full_like(conditions.text[:, 0, 0], 500.0)
     packing = model.pack([latents], conditions.text, conditions.text_mask)
     return SamplingExample(latents, timestep, conditions, packing)
+
+
+def video_example(
+    model: PyramidTransformer, *, size: str = "384p", n_units: int = 16, seed: int = 0
+) -> VideoExample:
+    """A prompt and a negative one; a unit is a latent frame."""
+    negative, prompt = (
+        TextFeatures(*conditions)
+        for conditions in (
+            _conditions(model.config, 1, _Normal.like(model, seed + i)) for i in range(2)
+        )
+    )
+    return VideoExample(Prompts(prompt, negative), LATENTS[size], n_units)
 
 
 def example_step(model: PyramidTransformer, **example: Any) -> Callable[[], Tensor]:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from vidgen.ops import EAGER, Ops
 
+from .attention import Attention, JointAttention
 from .config import FluxConfig
-from .layers import Attention, DualBlock, JointAttention, SingleBlock, Stream
+from .kv_cache import BlockCache
+from .layers import Condition, DualBlock, SingleBlock, Stream
 from .sequence import Packing, patchify
 from .transformer import PyramidTransformer
 
@@ -41,16 +43,29 @@ class PyramidFluxTransformer(PyramidTransformer):
         patches = [patchify(clip) for column in clips for clip in column]
         return self.x_embedder(torch.cat(patches, dim=1))
 
-    def run(self, text: Stream, video: Stream, c: Tensor, packing: Packing) -> Stream:
-        for i in range(len(self.transformer_blocks)):
-            text, video = self.run_block(i, self.transformer_blocks, text, video, c, packing)
-            text = text.clipped()
-        n_columns = len(packing.columns)
-        (text_rows,) = text.total()  # sample by sample, column by column
-        columns = enumerate(video.total())
-        joint = Stream([torch.cat([text_rows[i::n_columns], x], dim=1) for i, x in columns])
-        for i in range(len(self.single_transformer_blocks)):
-            joint = self.run_block(i, self.single_transformer_blocks, joint, c, packing)
+    def run(
+        self,
+        text: Stream | None,
+        video: Stream,
+        c: Tensor | Condition,
+        packing: Packing,
+        caches: Sequence[BlockCache | None],
+    ) -> Stream:
+        n_dual, n_columns = len(self.transformer_blocks), len(packing.columns)
+        for i, cache in enumerate(caches[:n_dual]):
+            text, video = self.run_block(
+                i, self.transformer_blocks, (text, video, c, packing), cache
+            )
+            text = None if text is None else text.clipped()
+        joint = video
+        if text is not None:
+            (text_rows,) = text.total()  # sample by sample, column by column
+            columns = enumerate(video.total())
+            joint = Stream([torch.cat([text_rows[i::n_columns], x], dim=1) for i, x in columns])
+        for i, cache in enumerate(caches[n_dual:]):
+            is_last = n_dual + i == len(caches) - 1
+            p = packing.last_block if is_last and packing.last_block else packing
+            joint = self.run_block(i, self.single_transformer_blocks, (joint, c, p), cache)
             joint = joint.clipped()
         return joint
 

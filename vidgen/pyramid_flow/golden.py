@@ -10,7 +10,7 @@ from torch import Tensor
 from vidgen.golden import Results
 from vidgen.ops import Ops
 
-from . import golden_models
+from . import golden_models, golden_sampling
 from .scheduler import PyramidFlowScheduler
 from .weights import load_vae
 
@@ -117,6 +117,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
 
 KINDS: dict[str, Callable[..., Results]] = {
     **golden_models.KINDS,
+    **golden_sampling.KINDS,
     "pyramid_ops": pyramid_ops,
     "scheduler": scheduler,
     "vae": vae,

@@ -48,6 +48,15 @@ def history_layout(unit: int, stage: int, frames_per_unit: int = 1) -> list[Hist
     return joined + newest
 
 
+def settled_frames(unit: int, stage: int, frames_per_unit: int = 1) -> int:
+    """How many of the oldest frames entered this stage of the unit before as they enter it here.
+
+    They are at level 0 in both: all but the ``stage + 1`` newest units of history.
+    """
+    newest = unit - stage - 2
+    return unit_frames(newest, frames_per_unit).stop if newest >= 0 else 0
+
+
 def training_units(
     n_stages: int,
     max_frames: int,

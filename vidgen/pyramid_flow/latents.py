@@ -52,13 +52,3 @@ def _n_images(start: int) -> int:
     if start < 0:
         raise ValueError(f"start: expected a frame index of at least 0, got {start}")
     return 1 if start == 0 else 0
-
-
-def to_uint8(video: Tensor) -> Tensor:
-    """Video in [-1, 1], ``[B, C, F, H, W]``, as uint8 pixels ``[B, F, H, W, C]``.
-
-    ``127.5 * video + 127.5``, clamped, its fraction dropped.
-    """
-    x = video.to(torch.promote_types(video.dtype, torch.float32))
-    pixels = (x * 127.5).add_(127.5).clamp_(0, 255).movedim(1, -1)
-    return pixels.to(torch.uint8, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""The blocks of Pyramid Flow's transformers: joint attention of text and video, adaptive norms.
+"""The blocks of Pyramid Flow's transformers: adaptive norms, feed-forward, what `attention` joins.
 
 The residual stream of a modality is kept with the update that has not been added to it yet
 (`Stream`), so that one operator adds it, normalises the sum and modulates it for the next layer.
@@ -11,14 +11,17 @@ packed sequence, D width, H heads, hd head dim. Module names are those of the ch
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.ops import Ops, QKVStream
+from vidgen.ops import Ops
 
+from .attention import Attention, JointAttention
+from .kv_cache import BlockCache
 from .sequence import Packing, split
 
 NORM_EPS = 1e-6
@@ -84,6 +87,22 @@ def adaptive_norm(
     return Stream([h for h, _ in pairs]), join([a for _, a in pairs])
 
 
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """SiLU of the conditioning, and the modulation vectors of every layer that has seen it.
+
+    Who calls a model with the same timestep again, and the same pooled text, saves computing them.
+    """
+
+    c: Tensor  # [rows, D]
+    vectors: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def apply(self, linear: nn.Module) -> Tensor:
+        if linear not in self.vectors:
+            self.vectors[linear] = linear(self.c)
+        return self.vectors[linear]
+
+
 class Modulation(nn.Module):
     """``n_vectors`` modulation vectors from the conditioning, which SiLU has been applied to."""
 
@@ -92,19 +111,11 @@ class Modulation(nn.Module):
         self.n_vectors = n_vectors
         self.linear = nn.Linear(width, n_vectors * width)
 
-    def forward(self, c: Tensor, n_columns: int = 1) -> list[Vectors]:
+    def forward(self, c: Tensor | Condition, n_columns: int = 1) -> list[Vectors]:
         """``c`` [B * N, D] to each vector's list over the columns of views ``[B, D]``."""
-        rows = self.linear(c)
+        rows = c.apply(self.linear) if isinstance(c, Condition) else self.linear(c)
         columns = [rows[i::n_columns].chunk(self.n_vectors, dim=-1) for i in range(n_columns)]
         return [list(vectors) for vectors in zip(*columns, strict=True)]
-
-
-class HeadNorm(nn.Module):
-    """The weight of an RMS norm over the head dim."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(head_dim))
 
 
 class GELUProjection(nn.Module):
@@ -127,94 +138,6 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class Attention(nn.Module):
-    """Self-attention of one packed sequence, text included; without an output projection."""
-
-    def __init__(self, width: int, n_heads: int, axes: tuple[int, ...], eps: float) -> None:
-        super().__init__()
-        self.n_heads, self.axes, self.eps = n_heads, axes, eps
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.norm_q = HeadNorm(width // n_heads)
-        self.norm_k = HeadNorm(width // n_heads)
-
-    def stream(self, x: Tensor) -> QKVStream:
-        projections = self.to_q(x), self.to_k(x), self.to_v(x)
-        return QKVStream(projections, self.norm_q.weight, self.norm_k.weight)
-
-    def forward(self, x: Tensor, packing: Packing, ops: Ops) -> Tensor:
-        """``x`` and the result ``[B, T, D]``."""
-        q, k, v = ops.qk_norm_rope(
-            self.stream(x),
-            packing.positions,
-            self.axes,
-            n_heads=self.n_heads,
-            norm="rms",
-            eps=self.eps,
-        )
-        out = ops.interval_attention(q, k, v, packing.mask)
-        return out.transpose(1, 2).flatten(2)
-
-
-class JointAttention(Attention):
-    """Attention of text and video, each with projections and norms of its own."""
-
-    def __init__(
-        self,
-        width: int,
-        n_heads: int,
-        axes: tuple[int, ...],
-        eps: float,
-        text_norm: str,
-        drops_text: bool = False,
-    ) -> None:
-        """``text_norm``: how the checkpoint calls the norms of the text's queries and keys."""
-        super().__init__(width, n_heads, axes, eps)
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.text_norm = text_norm
-        self.add_module(f"{text_norm}_q", HeadNorm(width // n_heads))
-        self.add_module(f"{text_norm}_k", HeadNorm(width // n_heads))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.to_add_out = None if drops_text else nn.Linear(width, width)
-
-    def text_stream(self, text: Tensor) -> QKVStream:
-        projections = self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text)
-        q_weight, k_weight = (getattr(self, f"{self.text_norm}_{x}").weight for x in "qk")
-        return QKVStream(projections, q_weight, k_weight)
-
-    def forward(
-        self, text: Tensor, video: Tensor, packing: Packing, ops: Ops
-    ) -> tuple[Tensor | None, Tensor]:
-        """Updates of text ``[B * N, S, D]``, None where it is dropped, and video ``[B, T, D]``."""
-        n_columns = len(packing.columns)
-        text_stream, video_stream = self.text_stream(text), self.stream(video)
-        video_columns = zip(*map(packing.split_video, video_stream.projections), strict=True)
-        parts = [
-            ops.qk_norm_rope(
-                video_stream._replace(projections=projections),
-                positions,
-                self.axes,
-                n_heads=self.n_heads,
-                text=text_stream._replace(
-                    projections=tuple(x[i::n_columns] for x in text_stream.projections)
-                ),
-                norm="rms",
-                eps=self.eps,
-            )
-            for i, (projections, positions) in enumerate(
-                zip(video_columns, packing.video_positions, strict=True)
-            )
-        ]
-        q, k, v = (x[0] if n_columns == 1 else torch.cat(x, 2) for x in zip(*parts, strict=True))
-        out = ops.interval_attention(q, k, v, packing.mask)
-        text_out, video_out = packing.split_heads(out)
-        text_update = None if self.to_add_out is None else self.to_add_out(text_out)
-        return text_update, self.to_out[0](video_out)
-
-
 class DualBlock(nn.Module):
     """Text and video with weights of their own that meet in attention.
 
@@ -230,21 +153,32 @@ class DualBlock(nn.Module):
         self.ff_context = None if drops_text else FeedForward(width)
 
     def forward(
-        self, text: Stream, video: Stream, c: Tensor, packing: Packing, ops: Ops
-    ) -> tuple[Stream, Stream]:
+        self,
+        text: Stream | None,
+        video: Stream,
+        c: Tensor | Condition,
+        packing: Packing,
+        ops: Ops,
+        cache: BlockCache | None = None,
+    ) -> tuple[Stream | None, Stream]:
+        """Both streams; text is None where a cache holds it."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(c, len(packing.columns))
         video, a = adaptive_norm(ops, video, shift, scale)
-        if self.ff_context is None:  # in this norm the scale comes first
-            (text_scale, text_shift), text_rest = self.norm1_context(c), []
-        else:
-            text_shift, text_scale, *text_rest = self.norm1_context(c)
-        text, text_a = adaptive_norm(ops, text, text_shift, text_scale)
+        text_a, text_rest = None, []
+        if text is not None:
+            if self.ff_context is None:  # in this norm the scale comes first
+                text_scale, text_shift = self.norm1_context(c)
+            else:
+                text_shift, text_scale, *text_rest = self.norm1_context(c)
+            text, text_a = adaptive_norm(ops, text, text_shift, text_scale)
 
-        text_update, update = self.attn(text_a, a, packing, ops)
+        text_update, update = self.attn(text_a, a, packing, ops, cache)
 
+        if packing.only_current:
+            video = video.last(packing.current_lengths)
         video, a = adaptive_norm(ops, Stream(video.x, update, gate), shift_ff, scale_ff)
         video = Stream(video.x, self.ff(a), gate_ff)
-        if self.ff_context is not None:
+        if text is not None and self.ff_context is not None:
             gate, shift_ff, scale_ff, gate_ff = text_rest
             text, text_a = adaptive_norm(ops, Stream(text.x, text_update, gate), shift_ff, scale_ff)
             text = Stream(text.x, self.ff_context(text_a), gate_ff)
@@ -261,11 +195,22 @@ class SingleBlock(nn.Module):
         self.proj_out = nn.Linear(5 * width, width)
         self.attn = attention
 
-    def forward(self, joint: Stream, c: Tensor, packing: Packing, ops: Ops) -> Stream:
+    def forward(
+        self,
+        joint: Stream,
+        c: Tensor | Condition,
+        packing: Packing,
+        ops: Ops,
+        cache: BlockCache | None = None,
+    ) -> Stream:
         shift, scale, gate = self.norm(c, len(packing.columns))
         joint, a = adaptive_norm(ops, joint, shift, scale)
+        attended = self.attn(a, packing, ops, cache)
+        if packing.only_current:
+            joint = joint.last(packing.current_lengths)
+            a = a[:, a.shape[1] - packing.current_lengths[0] :]
         inner = F.gelu(self.proj_mlp(a), approximate="tanh")
-        update = self.proj_out(torch.cat([self.attn(a, packing, ops), inner], dim=-1))
+        update = self.proj_out(torch.cat([attended, inner], dim=-1))
         return Stream(joint.x, update, gate)
 
 
@@ -280,7 +225,10 @@ class TwoLayers(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Timestep (0 to 1000) and pooled text to one vector per sample."""
+    """Timestep (0 to 1000) and pooled text to one vector per sample.
+
+    The pooled text stays the same while a video is made, so its part is computed apart.
+    """
 
     N_FREQUENCIES = 128
 
@@ -289,9 +237,10 @@ class Conditioning(nn.Module):
         self.timestep_embedder = TwoLayers(2 * self.N_FREQUENCIES, width)
         self.text_embedder = TwoLayers(n_pooled, width)
 
-    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, embedded_text: Tensor) -> Tensor:
+        """``embedded_text``: `text_embedder` of the pooled text, ``[samples, D]``."""
         t = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
         j = torch.arange(self.N_FREQUENCIES, dtype=t.dtype, device=t.device)
         angle = t[:, None] * torch.exp(j * (-math.log(10000.0) / self.N_FREQUENCIES))
-        features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(pooled.dtype)
-        return self.timestep_embedder(features) + self.text_embedder(pooled)
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(embedded_text.dtype)
+        return self.timestep_embedder(features) + embedded_text

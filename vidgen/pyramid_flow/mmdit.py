@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from vidgen.ops import EAGER, Ops
 
+from .attention import JointAttention
 from .config import PATCH, MMDiTConfig
-from .layers import DualBlock, JointAttention, Stream
-from .positions import sincos_table, spatial_embedding
+from .kv_cache import BlockCache
+from .layers import Condition, DualBlock, Stream
+from .positions import Column, sincos_table, spatial_embedding
 from .sequence import Packing, patchify
 from .transformer import PyramidTransformer
 
@@ -42,16 +44,18 @@ class PatchEmbedding(nn.Module):
         patches = torch.cat([patchify(clip) for column in clips for clip in column], dim=1)
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channels last as in a patch
         tokens = F.linear(patches, weight, self.proj.bias)
-        return (tokens + self.positions(packing)).to(tokens.dtype)
+        assert packing.embeddings is not None  # of this model's packings
+        return (tokens + packing.embeddings).to(tokens.dtype)
 
-    def positions(self, packing: Packing) -> Tensor:
-        """``[sum of L, D]``"""
+    def places(self, columns: tuple[Column, ...]) -> Tensor:
+        """Embeddings of where the tokens are in the picture, ``[sum of L, D]``."""
         table = self.pos_embed[0].unflatten(0, (self.n_side, self.n_side))
         parts = [
-            spatial_embedding(table, (rows, cols), column[-1][1:], self.interpolate)
-            for column in packing.columns
+            spatial_embedding(table, (rows, cols), column[-1][1:], self.interpolate).repeat(
+                frames, 1
+            )
+            for column in columns
             for frames, rows, cols in column
-            for _ in range(frames)
         ]
         return torch.cat(parts)
 
@@ -75,9 +79,21 @@ class PyramidDiffusionMMDiT(PyramidTransformer):
     def embed(self, clips: Sequence[Sequence[Tensor]], packing: Packing) -> Tensor:
         return self.pos_embed(clips, packing)
 
-    def run(self, text: Stream, video: Stream, c: Tensor, packing: Packing) -> Stream:
-        for i in range(len(self.transformer_blocks)):
-            text, video = self.run_block(i, self.transformer_blocks, text, video, c, packing)
+    def embed_places(self, columns: tuple[Column, ...]) -> Tensor:
+        return self.pos_embed.places(columns)
+
+    def run(
+        self,
+        text: Stream | None,
+        video: Stream,
+        c: Tensor | Condition,
+        packing: Packing,
+        caches: Sequence[BlockCache | None],
+    ) -> Stream:
+        for i, cache in enumerate(caches):
+            is_last = i == len(caches) - 1
+            p = packing.last_block if is_last and packing.last_block else packing
+            text, video = self.run_block(i, self.transformer_blocks, (text, video, c, p), cache)
         return video
 
     def checkpoints(self, index: int, n_blocks: int) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidgen.ops import EAGER, Ops
+from vidgen.ops import EAGER, Ops, renoise_coefficients
 
 
 class StageSteps(NamedTuple):
@@ -99,7 +99,8 @@ class PyramidFlowScheduler:
     @cached_property
     def start_sigmas(self) -> list[float]:
         first, *others = self.ori_start_sigmas
-        return [first, *(1 - self._alpha(o) * (1 - o) for o in others)]
+        jumps = [renoise_coefficients(o, self.gamma) for o in others]
+        return [first, *(1 - alpha * (1 - o) for (alpha, _), o in zip(jumps, others, strict=True))]
 
     @cached_property
     def timestep_ratios(self) -> list[tuple[float, float]]:
@@ -142,9 +143,7 @@ class PyramidFlowScheduler:
         self._check_stage(stage)
         if stage == 0:
             raise ValueError("stage: expected at least 1, nothing jumps into stage 0")
-        sigma = self.ori_start_sigmas[stage]
-        alpha = self._alpha(sigma)
-        return alpha, alpha * sigma / math.sqrt(self.gamma)
+        return renoise_coefficients(self.ori_start_sigmas[stage], self.gamma)
 
     @property
     def block_covariance(self) -> Tensor:
@@ -168,9 +167,6 @@ class PyramidFlowScheduler:
     def _sigma_at(self, fraction: float) -> float:
         index = int(fraction * self.num_train_timesteps)
         return self.grid[1][index].item() if index < self.num_train_timesteps else 0.0
-
-    def _alpha(self, sigma: float) -> float:
-        return 1 / (math.sqrt(1 + 1 / self.gamma) * sigma + 1 - sigma)
 
     def _check_stage(self, stage: int) -> None:
         if not 0 <= stage < self.stages:

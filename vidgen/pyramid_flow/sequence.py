@@ -12,7 +12,7 @@ Shapes: B batch rows, S text tokens, L video tokens of a column, C latent channe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,21 @@ from .positions import Column, kept_rotary_positions, rotary_positions
 
 @dataclass(frozen=True)
 class Packing:
-    """What the layers need to know of the sequence, built once and shared by all of them."""
+    """What the layers need to know of the sequence, built once and shared by all of them.
+
+    Where a cache holds text and the oldest frames, everything is of the other tokens, which are
+    video, and ``past_mask`` says which of the keys in the cache they see.
+    """
 
     columns: tuple[Column, ...]
     n_rows: int  # B
     text_length: int
     mask: IntervalMask
     positions: Tensor | None  # [T, axes] of all tokens, for rotary embeddings
+    embeddings: Tensor | None = None  # [sum of L, D] of places in the picture, for MM-DiT
+    past_mask: IntervalMask | None = None
+    only_current: bool = False  # the queries are the tokens that are being made, the masks' too
+    last_block: Packing | None = None  # what the last block uses, where that is something else
 
     @property
     def video_lengths(self) -> list[int]:
@@ -122,6 +130,76 @@ def pack(
     make = rotary_positions if torch.compiler.is_compiling() else kept_rotary_positions
     positions = make(columns, text_length, n_axes, device) if n_axes else None
     return Packing(columns, n_rows, text_length, mask, positions)
+
+
+def pack_call(
+    column: Column,
+    n_rows: int,
+    text: Tensor,
+    text_mask: Tensor | None,
+    *,
+    causal: bool,
+    n_axes: int,
+    past_frames: int = 0,
+    only_current: bool = False,
+) -> Packing:
+    """The sequence of one column, less what a cache holds of it.
+
+    Args:
+        column: all clips, those in the cache included.
+        past_frames: the oldest frames, which are in the cache, and so is the text if there are any.
+        only_current: the last block has only the tokens as queries that are being made.
+
+    The rest and errors: `pack`, of one column.
+    """
+    whole = pack((column,), n_rows, text, text_mask, causal, n_axes)
+    frames = [rows * cols for frames, rows, cols in column for _ in range(frames)]
+    n_past = whole.text_length + sum(frames[:past_frames]) if past_frames else 0
+    n_current = n_tokens(column[-1:])
+    rank = torch.arange(len(frames)).repeat_interleave(torch.tensor(frames))
+    rank = torch.cat([rank.new_zeros(whole.text_length), rank]).to(text.device)
+    rank = rank if causal else torch.zeros_like(rank)
+    valid = None if text_mask is None else _valid_lengths(text_mask, text)
+
+    def seen(queries: Tensor, keys: slice) -> IntervalMask:
+        """Of queries without text."""
+        mask = IntervalMask.from_ranks(queries, rank[keys])
+        if valid is None or keys.start:
+            return mask
+        return IntervalMask.pad_text(mask, whole.text_length, valid)
+
+    past, new = slice(0, n_past), slice(n_past, None)
+    packing = whole
+    if past_frames:
+        packing = replace(
+            whole,
+            columns=(_without_frames(column, past_frames),),
+            text_length=0,
+            mask=IntervalMask.block_causal(frames[past_frames:], device=text.device),
+            positions=None if whole.positions is None else whole.positions[new],
+            past_mask=seen(rank[new], past),
+        )
+    if not only_current:
+        return packing
+    current = rank[-n_current:]
+    last_block = replace(
+        packing,
+        mask=seen(current, new),
+        past_mask=seen(current, past) if past_frames else None,
+        only_current=True,
+    )
+    return replace(packing, last_block=last_block)
+
+
+def _without_frames(column: Column, n_frames: int) -> Column:
+    """The clips, or the rest of them, after the oldest ``n_frames`` frames."""
+    rest = []
+    for frames, rows, cols in column:
+        dropped = min(frames, n_frames)
+        n_frames -= dropped
+        if frames > dropped:
+            rest.append((frames - dropped, rows, cols))
+    return tuple(rest)
 
 
 def _valid_lengths(text_mask: Tensor, text: Tensor) -> Tensor:

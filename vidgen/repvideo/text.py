@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidgen.checkpoint import read_config, write_state_dict
+from vidgen.checkpoint import write_state_dict
+from vidgen.text_encoders import read_model, read_tokenizer
 
 KEYS = "prompt_embeds", "negative_prompt_embeds"
 
@@ -63,22 +64,9 @@ def load_text_encoder(
     """
     import transformers
 
-    read_config(folder)
     kinds: Any = transformers  # which declares its tokenizers at run time
-    try:
-        model, report = kinds.T5EncoderModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokens = kinds.T5TokenizerFast.from_pretrained(tokenizer or folder, local_files_only=True)
-    except (OSError, RuntimeError, ValueError) as problem:  # files missing, of another size
-        raise ValueError(f"text encoder: expected T5 and its tokenizer: {problem}") from problem
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"text encoder: expected all weights in {folder}, got none for {missing}")
-    return TextEncoder(tokens, model.eval().requires_grad_(False), length)
+    model = read_model(kinds.T5EncoderModel, folder, dtype)
+    return TextEncoder(read_tokenizer(kinds.T5TokenizerFast, tokenizer or folder), model, length)
 
 
 def prompts_of(tensors: Mapping[str, Tensor], width: int) -> Prompts:

@@ -1,0 +1,217 @@
+"""`vidgen generate pyramid-flow`: text to an image or video, an image or clip to video."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from vidgen.generate import Run, Video
+from vidgen.media import IMAGES, fit, read_frames
+
+from .guidance import Guidance
+from .kv_cache import OFF, CacheEstimate, CachePolicy
+from .noise import DrawnNoise
+from .offload import Placement
+from .pipeline import FPS, PyramidFlowPipeline
+from .random_weights import SMALL_SIZE, random_pipeline, random_prompts
+from .sampling import estimate_cache
+from .sampling_config import SamplingConfig
+from .text import NEGATIVE_PROMPT, Prompts, prompts_of
+
+SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a video to video"
+
+# Height and width that a variant, known by the end of its name, is trained for.
+SIZES = {"_384p": (384, 640), "_768p": (768, 1280), "_image": (1024, 1024)}
+FRAMES_PER_UNIT = 8
+N_UNITS = 16  # of a video: 121 frames
+TILE, LOW_MEMORY_TILE = 512, 256  # pixels, as in the released code
+CACHES = {"off": OFF, "stages01": CachePolicy(stages=(0, 1)), "all": CachePolicy()}
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--variant",
+        default="diffusion_transformer_768p",
+        metavar="FOLDER",
+        help="the transformer, a folder of the checkpoint (default: %(default)s)",
+    )
+    add("--height", type=int, help="a multiple of 64 (default: that of the variant)")
+    add("--width", type=int, help="a multiple of 64 (default: that of the variant)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--units",
+        type=int,
+        metavar="N",
+        help=f"latent frames, given ones included (default: {N_UNITS}, for an image file 1)",
+    )
+    length.add_argument("--frames", type=int, metavar="N", help="the same in frames: 1 + 8 k")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--image", type=Path, metavar="FILE", help="the first frame")
+    start.add_argument(
+        "--video", type=Path, metavar="FILE", help="its last 1 + 8 k frames begin the video"
+    )
+    add("--new-only", action="store_true", help="write the frames after those of --video only")
+    add("--steps", type=int, default=20, help="per stage of the first unit (default: 20)")
+    add("--video-steps", type=int, default=10, help="per stage of all others (default: 10)")
+    add("--guidance", type=float, default=7.0, help="of the first unit, 1: none (default: 7)")
+    add("--video-guidance", type=float, help="of all others (default: 5, after given frames 4)")
+    add(
+        "--cache",
+        default="16e9",
+        metavar="|".join([*CACHES, "BYTES"]),
+        help="of which stages keys and values are kept from unit to unit, which is exact: none, "
+        "the two lower ones, all, or those that fit (default: %(default)s)",
+    )
+    add(
+        "--low-memory",
+        action="store_true",
+        help="models are on the device only while they are used, the cache is on the CPU, frames "
+        f"are decoded at the end in tiles of {LOW_MEMORY_TILE} pixels",
+    )
+    add(
+        "--tiling",
+        type=int,
+        nargs="?",
+        const=TILE,
+        metavar="PIXELS",
+        help="the VAE works in tiles, which needs less memory and changes the result a little "
+        f"(default: whole frames; {TILE} where no number is given)",
+    )
+
+
+def count_frames(args: argparse.Namespace) -> int:
+    """Frames of the output."""
+    n_frames = 1 + FRAMES_PER_UNIT * (_count_units(args) - 1)
+    return n_frames - _n_hidden(args, _read_given(args) if args.new_only else None)
+
+
+def _count_units(args: argparse.Namespace) -> int:
+    if args.frames is not None:
+        if args.frames < 1 or (args.frames - 1) % FRAMES_PER_UNIT:
+            raise ValueError(f"frames: expected 1 + {FRAMES_PER_UNIT} k, got {args.frames}")
+        return 1 + (args.frames - 1) // FRAMES_PER_UNIT
+    if args.units is not None:
+        if args.units < 1:
+            raise ValueError(f"units: expected at least 1, got {args.units}")
+        return args.units
+    return 1 if args.output.suffix in IMAGES else N_UNITS
+
+
+def generate(args: argparse.Namespace, run: Run) -> Video:
+    """The whole request is checked before anything is made."""
+    policy = _cache_policy(args)
+    size = _frame_size(args)
+    pipeline = _pipeline(args, run)
+    given = _read_given(args)
+    n_given = 0 if given is None else 1 + len(given) // FRAMES_PER_UNIT
+    config = SamplingConfig(
+        size=pipeline.latent_size(*size),
+        n_units=_count_units(args),
+        first_steps=(args.steps,) * 3,
+        steps=(args.video_steps,) * 3,
+        guidance=_guidance(args),
+        cache=policy,
+    )
+    if n_given >= config.n_units:
+        raise ValueError(f"units: expected more than the {n_given} given, got {config.n_units}")
+    prompts = _prompts(pipeline, run)
+    _report_cache(estimate_cache(pipeline.transformer, prompts, config), policy)
+    tile = args.tiling or (LOW_MEMORY_TILE if args.low_memory else None)
+    latents = None
+    if given is not None:
+        video = fit(given, *size)[None]
+        latents = pipeline.encode_video(video, generator=run.generator, tile=tile)
+    frames = pipeline.generate(
+        prompts,
+        config,
+        given=latents,
+        noise=DrawnNoise(run.generator),
+        tile=tile,
+        progress=run.progress,
+    )
+    return Video(frames[0, _n_hidden(args, given) :], FPS)
+
+
+def _pipeline(args: argparse.Namespace, run: Run) -> PyramidFlowPipeline:
+    placement = Placement(run.device, args.low_memory)
+    if run.checkpoint is None:
+        return random_pipeline(ops=run.ops, dtype=run.dtype, placement=placement)
+    return PyramidFlowPipeline.from_pretrained(
+        run.checkpoint,
+        args.variant,
+        ops=run.ops,
+        dtype=run.dtype,
+        placement=placement,
+        with_text_encoder=run.embeddings is None,
+    )
+
+
+def _guidance(args: argparse.Namespace) -> Guidance:
+    released = 4.0 if args.image or args.video else 5.0
+    return Guidance(args.guidance, released if args.video_guidance is None else args.video_guidance)
+
+
+def _report_cache(estimate: CacheEstimate, policy: CachePolicy) -> None:
+    if estimate.stages:
+        stages = ", ".join(map(str, estimate.stages))
+        where = "CPU" if policy.on_cpu else "device"
+        size = estimate.n_bytes / 1e6
+        sys.stderr.write(f"cache of stages {stages}: {size:,.1f} MB of memory of the {where}\n")
+
+
+def _frame_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width."""
+    known = [size for end, size in SIZES.items() if args.variant.endswith(end)]
+    default = SMALL_SIZE if args.checkpoint is None else (*known, None)[0]
+    if default is None and None in (args.height, args.width):
+        raise ValueError(f"height, width: expected both for the variant {args.variant}, got none")
+    height, width = default or (0, 0)
+    return args.height or height, args.width or width
+
+
+def _cache_policy(args: argparse.Namespace) -> CachePolicy:
+    if args.cache in CACHES:
+        policy = CACHES[args.cache]
+    else:
+        try:
+            policy = CachePolicy(max_bytes=int(float(args.cache)))
+        except (ValueError, OverflowError):
+            expected = f"{', '.join(CACHES)} or a number of bytes"
+            raise ValueError(f"cache: expected {expected}, got {args.cache}") from None
+    return replace(policy, on_cpu=args.low_memory)
+
+
+def _read_given(args: argparse.Namespace) -> Tensor | None:
+    """The frames that the video begins with, ``[1 + 8 k, h, w, 3]`` uint8."""
+    if args.image is not None:
+        return read_frames(args.image)[:1]
+    if args.video is None:
+        return None
+    frames = read_frames(args.video)
+    return frames[(len(frames) - 1) % FRAMES_PER_UNIT :]
+
+
+def _n_hidden(args: argparse.Namespace, given: Tensor | None) -> int:
+    """How many of the first frames are not written."""
+    if not args.new_only:
+        return 0
+    if args.video is None or given is None:
+        raise ValueError("new-only: expected a clip in --video, got none")
+    return len(given)
+
+
+def _prompts(pipeline: PyramidFlowPipeline, run: Run) -> Prompts:
+    config = pipeline.transformer.config
+    if run.embeddings is not None:
+        return prompts_of(run.embeddings, config)
+    if run.checkpoint is None:
+        return random_prompts(config)
+    assert run.prompt is not None
+    prompts = pipeline.encode_prompts([run.prompt], run.negative_prompt or NEGATIVE_PROMPT)
+    pipeline.text_encoder = None  # the largest part, and all is encoded
+    return prompts

@@ -1,0 +1,254 @@
+"""Prompts, images and clips to video: text encoders, sampler and VAE put together.
+
+The VAE decodes a unit as soon as it is made, as the next chunk of the video; the frames are those
+of decoding all of them at the end, up to rounding.
+
+Shapes: B prompts; F pixel frames, T latent frames, F = 1 + 8 (T - 1); H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.media import to_uint8
+from vidgen.ops import FUSED, Ops
+from vidgen.progress import SILENT, Progress
+
+from .config import PATCH
+from .flux import PyramidFluxTransformer
+from .latents import LATENT_STATS, LatentStats, denormalize_latents, normalize_latents
+from .noise import Noise
+from .offload import Placement
+from .sampling import sample
+from .sampling_config import SamplingConfig
+from .text import (
+    NEGATIVE_PROMPT,
+    PROMPT_SUFFIX,
+    Prompts,
+    TextEncoder,
+    TextFeatures,
+    load_text_encoder,
+)
+from .transformer import PyramidTransformer
+from .vae import CausalVideoVAE
+from .vae_tiling import decode_tiling
+from .weights import load_pretrained, load_pretrained_vae
+
+FPS = 24
+VAE_FOLDER = "causal_video_vae"
+ENCODE_WINDOW, DECODE_WINDOW = 16, 2  # frames and latent frames at once
+
+
+class PyramidFlowPipeline:
+    """Everything that a released checkpoint holds.
+
+    `generate` makes a video from encoded prompts (`encode_prompts`) and, if it is to go on from
+    an image or a clip, from its latents (`encode_video`).
+
+    Args:
+        text_encoder: None where prompts come as features.
+        placement: where models are while they are used; default the CPU.
+    """
+
+    def __init__(
+        self,
+        transformer: PyramidTransformer,
+        vae: CausalVideoVAE,
+        text_encoder: TextEncoder | None = None,
+        *,
+        placement: Placement | None = None,
+    ) -> None:
+        self.transformer, self.vae = transformer.eval(), vae.eval()
+        self.text_encoder = text_encoder
+        self.placement = placement or Placement()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        variant: str,
+        *,
+        ops: Ops = FUSED,
+        dtype: torch.dtype = torch.bfloat16,
+        placement: Placement | None = None,
+        with_text_encoder: bool = True,
+    ) -> PyramidFlowPipeline:
+        """The folder of a released checkpoint, read to the CPU.
+
+        Args:
+            variant: the folder of the transformer within it, such as diffusion_transformer_384p.
+            with_text_encoder: False where prompts come as features: they are the largest part.
+
+        Raises:
+            ValueError: files missing, or not of these models.
+        """
+        folder = Path(folder)
+        return cls(
+            load_pretrained(folder / variant, ops).to(dtype),
+            load_pretrained_vae(folder / VAE_FOLDER).to(dtype),
+            load_text_encoder(folder, dtype) if with_text_encoder else None,
+            placement=placement,
+        )
+
+    @property
+    def stats(self) -> LatentStats:
+        """Of the latents that the transformer was trained on."""
+        is_flux = isinstance(self.transformer, PyramidFluxTransformer)
+        return LATENT_STATS["pyramid_flux" if is_flux else "pyramid_mmdit"]
+
+    def latent_size(self, height: int, width: int, n_stages: int = 3) -> tuple[int, int]:
+        """Of frames of so many pixels.
+
+        Raises:
+            ValueError: unless every resolution of the pyramid is a whole number of tokens: for the
+                released models, sides are multiples of 64.
+        """
+        factor = self.vae.config.spatial_factor
+        multiple = factor * 2 ** (n_stages - 1) * PATCH
+        for name, side in (("height", height), ("width", width)):
+            if side < 1 or side % multiple:
+                raise ValueError(f"{name}: expected a multiple of {multiple}, got {side}")
+        return height // factor, width // factor
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompt: str = NEGATIVE_PROMPT
+    ) -> Prompts:
+        """Features of B prompts, each with the released suffix, and of one negative prompt."""
+        if self.text_encoder is None:
+            raise ValueError("prompt: expected features, for no text encoders were loaded")
+        texts = [*(prompt + PROMPT_SUFFIX for prompt in prompts), negative_prompt]
+        with self.placement.use(self.text_encoder):
+            found = self.text_encoder(texts)
+        n = len(prompts)
+        return Prompts(
+            TextFeatures(*(x[:n] for x in found)),
+            TextFeatures(*(x[n:] for x in found)),
+        )
+
+    @torch.no_grad()
+    def encode_video(
+        self, video: Tensor, *, generator: torch.Generator | None = None, tile: int | None = None
+    ) -> Tensor:
+        """The normalised latents of the beginning of a video, drawn from what the VAE says.
+
+        Args:
+            video: ``[B, 3, F, H, W]`` in [-1, 1]; an image has one frame.
+            tile: as for the VAE.
+
+        Returns:
+            ``[B, C, T, H / 8, W / 8]``.
+
+        Raises:
+            ValueError: F is not 1 + 8 k, H or W not a multiple of 64.
+        """
+        self.latent_size(*video.shape[-2:])
+        with self.placement.use(self.vae):
+            x = _for_vae(self.vae, video)
+            posterior = self.vae.encode(x, window=ENCODE_WINDOW, tile=tile)
+            return normalize_latents(posterior.sample(generator), self.stats)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        config: SamplingConfig,
+        *,
+        given: Tensor | None = None,
+        noise: Noise | None = None,
+        tile: int | None = None,
+        progress: Progress = SILENT,
+        on_frames: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Videos as uint8 frames ``[B, F, H, W, 3]`` on the CPU, with those that are given.
+
+        Units are decoded as they come, which holds what the VAE remembers of whole frames beside
+        the transformer. In low memory all are decoded at the end, in tiles one after the other.
+
+        Args:
+            given: of `encode_video`, for each prompt or one for all.
+            tile: as for the VAE.
+            on_frames: called with frames ``[B, f, H, W, 3]`` as they come, given ones first.
+
+        Raises:
+            ValueError: as `sample` does; another tile.
+        """
+        if tile is not None:
+            decode_tiling(tile, self.vae.config.spatial_factor)  # may raise, before long work
+        if given is not None and len(given) == 1:
+            given = given.expand(len(prompts.prompt.features), *given.shape[1:])
+        chunks: list[Tensor] = []
+
+        def keep(frames: Tensor) -> None:
+            chunks.append(frames)
+            if on_frames is not None:
+                on_frames(frames)
+
+        run = {"noise": noise, "given": given, "progress": progress}
+        if self.placement.low_memory:
+            with self.placement.use(self.transformer):
+                latents = sample(self.transformer, prompts, config, **run)
+            keep(self.decode(latents, window=1, tile=tile))
+        else:
+            with self.placement.use(self.vae), self.placement.use(self.transformer):
+                decode = UnitDecoder(self.vae, self.stats, tile)
+
+                def on_unit(unit: Tensor) -> None:
+                    if given is not None and not chunks:
+                        for chunk in given.split(DECODE_WINDOW, dim=2):
+                            keep(decode(chunk))
+                    keep(decode(unit))
+
+                sample(self.transformer, prompts, config, **run, on_unit=on_unit)
+        return torch.cat(chunks, dim=1)
+
+    @torch.no_grad()
+    def decode(
+        self, latents: Tensor, *, window: int = DECODE_WINDOW, tile: int | None = None
+    ) -> Tensor:
+        """uint8 frames ``[B, F, H, W, 3]`` on the CPU, of the normalised latents of whole videos.
+
+        Args:
+            window, tile: as for the VAE.
+        """
+        with self.placement.use(self.vae):
+            x = _for_vae(self.vae, denormalize_latents(latents, self.stats))
+            video = self.vae.decode(x, window=window, tile=tile)
+            # A part at a time, for there are fp32 copies on the way to levels of 8 bits.
+            parts = [
+                to_uint8(part, rounded=False).cpu() for part in video.split(ENCODE_WINDOW, dim=2)
+            ]
+            return torch.cat(parts, dim=1)
+
+
+class UnitDecoder:
+    """Decodes the units of a video one after another, as chunks of one stream."""
+
+    def __init__(self, vae: CausalVideoVAE, stats: LatentStats, tile: int | None = None) -> None:
+        self.vae, self.stats = vae, stats
+        self._waiting: deque[Tensor] = deque()
+        self._n_decoded = 0
+        self._video = vae.decode_chunks(self._units(), tile=tile)
+
+    @torch.no_grad()
+    def __call__(self, unit: Tensor) -> Tensor:
+        """uint8 frames ``[B, f, H, W, 3]`` on the CPU, of normalised latents ``[B, C, t, h, w]``.
+
+        A latent frame gives 8 of them, the first of the video 1.
+        """
+        unit_latents = denormalize_latents(unit, self.stats, start=self._n_decoded)
+        self._waiting.append(_for_vae(self.vae, unit_latents))
+        self._n_decoded += unit.shape[2]
+        return to_uint8(next(self._video), rounded=False).cpu()
+
+    def _units(self) -> Iterator[Tensor]:
+        while True:
+            yield self._waiting.popleft()
+
+
+def _for_vae(vae: CausalVideoVAE, x: Tensor) -> Tensor:
+    return x.to(next(vae.parameters()))

@@ -1,0 +1,43 @@
+"""Text encoders and tokenizers in folders of transformers; nothing is fetched from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import SHOWN, read_config
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+
+def read_model(kind: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A model of transformers, such as ``T5EncoderModel``, for inference; safetensors only.
+
+    Raises:
+        ValueError: no folder, no weights, some of them missing or of another size.
+    """
+    read_config(folder)
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise ValueError(f"text encoder: expected weights in {folder}: {problem}") from problem
+    if missing := sorted(report["missing_keys"]):
+        names = ", ".join(missing[:SHOWN])
+        raise ValueError(f"text encoder: expected all weights in {folder}, got none for {names}")
+    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(kind: Any, folder: str | Path) -> Any:
+    """A tokenizer of transformers. Raises ValueError where the folder holds none."""
+    if not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(f"tokenizer: expected {' or '.join(TOKENIZER_FILES)} in {folder}")
+    return kind.from_pretrained(folder, local_files_only=True)
