@@ -103,6 +103,14 @@ def test_kinds(kind: str, norm: str) -> None:
     check(**arguments(kind), norm=norm)
 
 
+@pytest.mark.portable_only
+@pytest.mark.parametrize("kind", ["shift", "per token, plain"])
+def test_chunks_of_many_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows are normalised in one call on a CPU."""
+    monkeypatch.setattr("vidgen_kernels.portable.norms.is_small", lambda *tensors: False)
+    check(**arguments(kind))
+
+
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("kind", ["affine norm", "per sample", "per token", "text"])

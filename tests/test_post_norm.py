@@ -55,6 +55,14 @@ def test_values_and_gradients(gate: str, norm: str, dtype: torch.dtype) -> None:
     check(inputs(gate=gate, dtype=dtype, t=11, d=48), norm=norm)
 
 
+@pytest.mark.portable_only
+@pytest.mark.parametrize("gate", GATES)
+def test_chunks_of_many_rows(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows are normalised in one call on a CPU."""
+    monkeypatch.setattr("vidgen_kernels.portable.post_norm.is_small", lambda *tensors: False)
+    check(inputs(gate=gate))
+
+
 @pytest.mark.parametrize("gate", ["no gate", "per sample", "per token"])
 @pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 129, 257])
 def test_sizes_around_tiles(n_tokens: int, gate: str) -> None:

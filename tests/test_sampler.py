@@ -160,6 +160,7 @@ def test_gradients_of_what_is_asked_for(use: str, needs: str) -> None:
         ("dpm", {"sqrt_alpha": 0.2, "sqrt_alpha_next": 0.3, "sqrt_alpha_previous": 0.0}),
         ("dpm", {"sqrt_alpha": 0.9, "sqrt_alpha_next": 1.0, "sqrt_alpha_previous": 0.8}),
         ("dpm", {"sqrt_alpha": 0.9, "sqrt_alpha_next": 1.0}),
+        ("dpm", {"sqrt_alpha": 0.9, "sqrt_alpha_next": 0.9}),  # goes nowhere
         ("dpm", {"sqrt_alpha": 0.999, "sqrt_alpha_next": 0.9999, "sqrt_alpha_previous": 0.99}),
         ("dpm", {**DPM, "denoiser_sqrt_alpha": 0.29}),
     ],
@@ -477,8 +478,11 @@ BAD = {
     "denoiser_sqrt_alpha: expected a number from 0 to 1, got -1": (
         ddim_step, {"x": X, "velocity": X, **DDIM, "denoiser_sqrt_alpha": -1},
     ),
-    "sqrt_alpha_next: expected above 0.5, got 0.5": (
-        dpm_step, {"x": X, "velocity": X, "sqrt_alpha": 0.5, "sqrt_alpha_next": 0.5},
+    "sqrt_alpha_next: expected above 0, at least 0.5, got 0.4": (
+        dpm_step, {"x": X, "velocity": X, "sqrt_alpha": 0.5, "sqrt_alpha_next": 0.4},
+    ),
+    "sqrt_alpha_next: expected above 0, at least 0.0, got 0.0": (
+        dpm_step, {"x": X, "velocity": X, "sqrt_alpha": 0.0, "sqrt_alpha_next": 0.0},
     ),
     "noise: expected a tensor for a step to 0.5, got None": (
         dpm_step, {"x": X, "velocity": X, **DDIM},

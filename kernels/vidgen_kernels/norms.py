@@ -49,9 +49,14 @@ def _portable_fwd(
     x, f, entries, older, cache_gate, gate, scale, shift, weight, bias, text_length, n_entries,
     norm, eps, a_dtype, sum_dtype, keep_total, keep_y,
 ):  # fmt: skip
-    if norm == "layer" and f is None and cache_gate is None and not (scale or shift):
-        a, stats = portable.layer_norm(x, weight, bias, eps, a_dtype)
-        return x.new_empty(0), a, x.new_empty(0, dtype=sum_dtype), x.new_empty(0), stats
+    if norm == "layer" and f is None and cache_gate is None:
+        empty = x.new_empty(0), x.new_empty(0, dtype=sum_dtype), x.new_empty(0)
+        if not (scale or shift):
+            a, stats = portable.layer_norm(x, weight, bias, eps, a_dtype)
+            return empty[0], a, *empty[1:], stats
+        if not text_length and a_dtype == x.dtype and portable.is_small(x, *scale, *shift):
+            a, stats = portable.modulated_layer_norm(x, weight, bias, scale, shift, eps)
+            return empty[0], a, *empty[1:], stats
     results = empty_fwd(
         x, f, entries, older, cache_gate, gate, scale, shift, weight, bias, text_length, n_entries,
         norm, eps, a_dtype, sum_dtype, keep_total, keep_y,
@@ -279,7 +284,10 @@ def _prepare(
     if portable.has_vector_per_token([v for vectors in kinds for v in vectors]):
         sizes = n_tokens - text_length, text_length
         kinds = [
-            [v.expand(len(x), n, -1) for v, n in zip(vectors, sizes, strict=False)]
+            [
+                v if v.shape[:2] == (len(x), n) else v.expand(len(x), n, -1)
+                for v, n in zip(vectors, sizes, strict=False)
+            ]
             for vectors in kinds
         ]
     return kinds

@@ -295,7 +295,7 @@ def post_norm_residual(
                 raise ValueError(f"gate: expected shape {expected}, got {list(gate.shape)}")
             gate = gate if gate.ndim == 1 else gate[None]
         gate = as_vectors("gate", gate, rows, rows.shape[1])
-        gate = gate.expand(len(rows), -1, -1)
+        gate = gate if len(gate) == len(rows) else gate.expand(len(rows), -1, -1)
     refuse_tangents(x, f, gate, weight, bias)
     out, _ = forward_op(rows, f_rows, gate, weight, bias, norm, float(eps))
     return out[0] if x.ndim == 2 else out

@@ -413,7 +413,7 @@ def dpm_step(
 
     Args:
         x, velocity, uncond, guidance: as in `euler_step`.
-        sqrt_alpha, sqrt_alpha_next, denoiser_sqrt_alpha: as in `ddim_step`, with A < A+.
+        sqrt_alpha, sqrt_alpha_next, denoiser_sqrt_alpha: as in `ddim_step`, with A <= A+, A+ > 0.
         noise: standard normal; needed unless ``A+ = 1``, where it has no weight.
         previous: ``x0`` of the step before, which was at ``sqrt_alpha_previous`` < A.
 
@@ -424,8 +424,9 @@ def dpm_step(
     """
     _check_float("sqrt_alpha", sqrt_alpha, 0, 1)
     _check_float("sqrt_alpha_next", sqrt_alpha_next, 0, 1)
-    if not sqrt_alpha < sqrt_alpha_next:
-        raise ValueError(f"sqrt_alpha_next: expected above {sqrt_alpha}, got {sqrt_alpha_next}")
+    if sqrt_alpha_next < sqrt_alpha or sqrt_alpha_next == 0:
+        expected = f"expected above 0, at least {sqrt_alpha}"
+        raise ValueError(f"sqrt_alpha_next: {expected}, got {sqrt_alpha_next}")
     if (previous is None) != (sqrt_alpha_previous is None):
         raise ValueError("previous, sqrt_alpha_previous: expected both or neither, got one")
     a_x, a_v = _clean_prediction(sqrt_alpha, denoiser_sqrt_alpha)

@@ -58,7 +58,30 @@ def layer_norm(
         weight = x.new_ones(x.shape[-1], dtype=acc)
     x = x if x.dtype == dtype else x.to(acc)
     a, mean, rstd = _layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return a.to(dtype), torch.stack([mean[..., 0], rstd[..., 0]])
+    return a.to(dtype), stack_stats(mean, rstd)
+
+
+def stack_stats(mean: Tensor, rstd: Tensor) -> Tensor:
+    """[2, B, T] of two [B, T, 1]."""
+    return torch.cat([mean, rstd]).view(2, *mean.shape[:-1])
+
+
+def modulated_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: list[Tensor], shift: list[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`layer_norm` and what modulates it, of a few rows: calls cost more than they compute."""
+    a, stats = layer_norm(x, weight, bias, eps, x.dtype)
+    if scale and shift:
+        return torch.addcmul(shift[0], a, scale[0] + 1), stats
+    return (a.mul_(scale[0] + 1) if scale else a.add_(shift[0])), stats
+
+
+def is_small(x: Tensor, *others: Tensor | None) -> bool:
+    """A cacheful of one wide dtype."""
+    is_wide = x.dtype in (torch.float32, torch.float64)
+    same = all(v is None or v.dtype == x.dtype for v in others)
+    return is_wide and same and x.numel() <= CHUNK_ELEMENTS
 
 
 def residual_norm_fwd(

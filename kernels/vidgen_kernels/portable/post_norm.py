@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .norms import (
     fill_stats,
+    is_small,
+    layer_norm,
     layer_norm_backward,
     normalize,
     normalize_again,
@@ -53,6 +55,9 @@ def post_norm_residual_fwd(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    if norm == "layer" and is_small(f, x, gate):  # calls cost more than they compute
+        n, stats = layer_norm(f, weight, bias, eps, f.dtype)
+        return (n.add_(x) if gate is None else torch.addcmul(x, n, gate)), stats
     out, stats = empty_fwd(x, f)
     acc = stats.dtype
     weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
