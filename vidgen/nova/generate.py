@@ -1,0 +1,162 @@
+"""`vidgen generate nova`: text or a class to an image or video, an image or clip to video."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.checkpoint import read_config
+from vidgen.generate import Run, Video
+from vidgen.media import fit, read_frames
+
+from .config import NovaConfig
+from .embeddings import DEFAULT_FLOW
+from .example import SMALL, example_features, example_pipeline
+from .guidance import Guidance
+from .pipeline import FPS, NovaPipeline, shifted
+from .sampling import ORDERS, SamplingConfig
+from .text import TextFeatures, read_features
+
+SUMMARY = "NOVA: text to image or video, an image or the beginning of a video to video"
+
+FRAMES_PER_LATENT = 4
+N_LATENTS = 9  # of a video: 33 frames
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--height", type=int, help="a multiple of 32 (default: that of training)")
+    add("--width", type=int, help="a multiple of 32 (default: that of training)")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--latents",
+        type=int,
+        metavar="N",
+        help="latent frames, given ones included; more than in training extrapolate "
+        f"(default: {N_LATENTS}, for models of images 1)",
+    )
+    length.add_argument("--frames", type=int, metavar="N", help="the same in frames: 1 + 4 k")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--image", type=Path, metavar="FILE", help="the first frame")
+    start.add_argument(
+        "--video", type=Path, metavar="FILE", help="its last 1 + 4 k frames begin the video"
+    )
+    add("--class-label", type=int, metavar="N", help="instead of a prompt, for models of classes")
+    add("--sets", type=int, default=64, help="into which a frame is divided (default: 64)")
+    add("--steps", type=int, help="of diffusion for a set (default: 25; 100 for DDPM models)")
+    add("--flow-shift", type=float, help="of the noise levels, for flow-matching models")
+    add("--flow", type=float, default=DEFAULT_FLOW, help="how much moves (default: %(default)g)")
+    add("--order", choices=ORDERS, default=ORDERS[0], help="official: slow, the same result")
+    add("--graphs", action="store_true", help="replay CUDA graphs")
+    for name, help in (
+        ("guidance-scale", "1: none (default: %(default)g)"),
+        ("min-guidance-scale", "where it starts at the first set (default: --guidance-scale)"),
+        ("guidance-trunc", "none at timesteps below (default: %(default)g)"),
+        ("guidance-renorm", "least ratio of norms (default: %(default)g, none)"),
+        ("image-guidance-scale", "away from no frames (default: %(default)g)"),
+        ("spatiotemporal-guidance-scale", "as released, without effect (default: %(default)g)"),
+    ):
+        default = getattr(Guidance(), name.replace("-", "_"))
+        add(f"--{name}", type=float, default=default, help=help)
+
+
+def count_frames(args: argparse.Namespace) -> int:
+    """Frames of the output."""
+    return 1 + FRAMES_PER_LATENT * (_count_latents(args) - 1)
+
+
+def _count_latents(args: argparse.Namespace) -> int:
+    if args.frames is not None:
+        if args.frames < 1 or (args.frames - 1) % FRAMES_PER_LATENT:
+            raise ValueError(f"frames: expected 1 + {FRAMES_PER_LATENT} k, got {args.frames}")
+        return 1 + (args.frames - 1) // FRAMES_PER_LATENT
+    if args.latents is not None:
+        if args.latents < 1:
+            raise ValueError(f"latents: expected at least 1, got {args.latents}")
+        return args.latents
+    return N_LATENTS if _transformer_config(args).has_motion else 1
+
+
+def _transformer_config(args: argparse.Namespace) -> NovaConfig:
+    if args.checkpoint is None:
+        return SMALL
+    return NovaConfig.from_dict(read_config(args.checkpoint / "transformer"))
+
+
+def generate(args: argparse.Namespace, run: Run) -> Video:
+    """The whole request is checked before anything is made."""
+    config = _transformer_config(args)
+    size = args.height or config.image_size[0], args.width or config.image_size[1]
+    config.resized(*size)
+    guidance = Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__})
+    if run.checkpoint is None:
+        pipeline = example_pipeline(size, run.ops, dtype=run.dtype, device=run.device)
+    else:
+        pipeline = NovaPipeline.from_pretrained(
+            run.checkpoint,
+            ops=run.ops,
+            dtype=run.dtype,
+            device=run.device,
+            size=size,
+            with_text_encoder=run.prompt is not None and config.text_token_dim is not None,
+        )
+    schedule = pipeline.schedule
+    sampling = SamplingConfig(
+        num_inference_steps=args.sets,
+        num_diffusion_steps=args.steps or pipeline.default_steps,
+        max_latent_length=_count_latents(args),
+        guidance=guidance,
+        schedule=schedule if args.flow_shift is None else shifted(schedule, args.flow_shift),
+        order=args.order,
+        graphs=args.graphs,
+    )
+    given = _given(args, pipeline, size)
+    if given is not None:
+        given = pipeline.encode_video(given, run.generator)
+    parts = pipeline.generate(
+        _prompts(args, run, pipeline),
+        sampling,
+        given=given,
+        flow=args.flow,
+        generator=run.generator,
+        progress=run.progress,
+    )
+    return Video(torch.cat([part[0] for part in parts]), FPS)
+
+
+def _prompts(
+    args: argparse.Namespace, run: Run, pipeline: NovaPipeline
+) -> TextFeatures | list[int]:
+    config = pipeline.transformer.config
+    if config.text_token_dim is None:
+        if args.class_label is None:
+            raise ValueError("class-label: expected one for a model of classes, got none")
+        return [args.class_label]
+    if args.class_label is not None:
+        raise ValueError("class-label: expected none for a model of texts")
+    if run.embeddings is not None:
+        return read_features(run.embeddings, config.text_token_dim, config.text_token_len)
+    if run.checkpoint is None:
+        return example_features(config)
+    assert run.prompt is not None
+    return pipeline.encode_prompts([run.prompt], run.negative_prompt)
+
+
+def _given(
+    args: argparse.Namespace, pipeline: NovaPipeline, size: tuple[int, int]
+) -> Tensor | None:
+    """The beginning of the video, ``[1, 3, F, H, W]`` in [-1, 1]."""
+    path = args.image or args.video
+    if path is None:
+        return None
+    frames = read_frames(path)
+    factor = pipeline.vae.temporal_factor
+    n_frames = 1 if args.image else 1 + (len(frames) - 1) // factor * factor
+    n_given = 1 + (n_frames - 1) // factor
+    if n_given > _count_latents(args):
+        expected = f"expected at most {count_frames(args)} frames to begin with"
+        raise ValueError(f"video: {expected}, got {n_frames}")
+    return fit(frames[:n_frames] if args.image else frames[-n_frames:], *size)[None]

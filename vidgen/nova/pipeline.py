@@ -1,0 +1,182 @@
+"""Prompts, classes, images and clips to images and video: text encoder, sampler and VAE together.
+
+Latent frames are decoded while later ones are being made, in tiles of time (`vae.py`).
+
+Shapes: B samples; F pixel frames, T latent frames; H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.checkpoint import read_config
+from vidgen.media import to_uint8
+from vidgen.ops import FUSED, Ops
+from vidgen.progress import SILENT, Progress
+
+from .draws import RandomDraws
+from .embeddings import DEFAULT_FLOW
+from .sampling import SamplingConfig, class_condition, sample, text_condition
+from .schedules import FlowMatching, Schedule, read_schedule
+from .text import TextEncoder, TextFeatures, load_text_encoder
+from .transformer import NovaTransformer
+from .vae import VAE, load_pretrained_vae
+from .weights import load_pretrained
+
+FPS = 12
+
+
+class NovaPipeline:
+    """Everything that a released checkpoint holds, in eval mode.
+
+    Args:
+        text_encoder: None where prompts come as features, and for models of classes.
+    """
+
+    def __init__(
+        self,
+        transformer: NovaTransformer,
+        vae: VAE,
+        schedule: Schedule,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
+        self.transformer, self.vae = transformer.eval(), vae.eval()
+        self.schedule, self.text_encoder = schedule, text_encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        ops: Ops = FUSED,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        size: tuple[int, int] | None = None,
+        with_text_encoder: bool = True,
+    ) -> NovaPipeline:
+        """The folder of a released checkpoint.
+
+        Args:
+            size: height and width in pixels, where they are not those of training.
+            with_text_encoder: False where prompts come as features: it is the largest part.
+
+        Raises:
+            ValueError: files missing, or not of these models.
+        """
+        folder = Path(folder)
+        schedule = read_schedule(read_config(folder / "scheduler", "scheduler_config.json"))
+        text_encoder = load_text_encoder(folder, dtype) if with_text_encoder else None
+        if text_encoder is not None:
+            text_encoder.model.to(device)
+        return cls(
+            load_pretrained(folder / "transformer", ops, size=size).to(device, dtype),
+            load_pretrained_vae(folder / "vae").to(device, dtype),
+            schedule,
+            text_encoder,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.mask_embed.bos_token.device
+
+    @property
+    def default_steps(self) -> int:
+        """Diffusion steps of a set: DDPM needs more."""
+        return 25 if isinstance(self.schedule, FlowMatching) else 100
+
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompts: str | Sequence[str] = ""
+    ) -> TextFeatures:
+        """Raises ValueError without a text encoder."""
+        if self.text_encoder is None:
+            raise ValueError("prompt: expected features, for no text encoder was loaded")
+        return self.text_encoder.encode_pairs(prompts, negative_prompts)
+
+    @torch.inference_mode()
+    def encode_video(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents ``[B, C, T, h, w]`` of ``[B, 3, F, H, W]`` in [-1, 1]; an image has one frame.
+
+        Raises:
+            ValueError: other sizes than the transformer's, counts that the VAE does not take.
+        """
+        size = self.transformer.config.image_size
+        if tuple(video.shape[-2:]) != size:
+            got = " x ".join(map(str, video.shape[-2:]))
+            raise ValueError(f"video: expected {size[0]} x {size[1]} pixels, got {got}")
+        dtype = self.transformer.mask_embed.bos_token.dtype
+        return self.vae.encode(video.to(self.device, dtype), generator)
+
+    def generate(
+        self,
+        prompts: TextFeatures | Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        given: Tensor | None = None,
+        flow: float | None = DEFAULT_FLOW,
+        fps: float | None = None,
+        generator: torch.Generator | None = None,
+        progress: Progress = SILENT,
+    ) -> Iterator[Tensor]:
+        """uint8 frames ``[B, F, H, W, 3]`` of a clip, part after part, on the CPU.
+
+        Args:
+            prompts: features of B texts, or B classes.
+            config: its schedule is used as it is; by default that of the checkpoint.
+            given: latents ``[B, C, t, h, w]`` of the first frames, as of `encode_video`.
+            flow, fps: how much moves, and frames per second, for models of video.
+
+        Raises:
+            ValueError: as `sample`.
+        """
+        latents = self.latents(
+            prompts, config, given=given, flow=flow, fps=fps, generator=generator, progress=progress
+        )
+        return self._decode(latents)
+
+    def latents(
+        self,
+        prompts: TextFeatures | Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        given: Tensor | None = None,
+        flow: float | None = DEFAULT_FLOW,
+        fps: float | None = None,
+        generator: torch.Generator | None = None,
+        progress: Progress = SILENT,
+    ) -> Iterator[Tensor]:
+        """The same as latents: ``given``, then ``[B, C, 1, h, w]`` for every new frame."""
+        model = self.transformer
+        if config is None:
+            config = SamplingConfig(num_diffusion_steps=self.default_steps, schedule=self.schedule)
+        is_text = isinstance(prompts, TextFeatures)
+        with torch.inference_mode():
+            if is_text:
+                condition = text_condition(model, prompts, config.guidance, flow, fps)
+            else:
+                condition = class_condition(model, prompts, config.guidance, flow, fps)
+        n_samples = len(prompts.prompt) if is_text else len(prompts)
+        size = n_samples, model.config.image_dim, *model.config.latent_size
+        draws = RandomDraws(size, generator, condition.dtype, self.device)
+        return sample(model, condition, config, draws, given=given, progress=progress)
+
+    @torch.inference_mode()
+    def _decode(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:
+        for part in self.vae.decode_chunks(latents):
+            yield to_uint8(part.cpu(), rounded=False)
+
+
+def shifted(schedule: Schedule, shift: float) -> Schedule:
+    """A flow-matching schedule whose shift is set after construction, as the pipeline's option.
+
+    Raises:
+        ValueError: a DDPM schedule, which has none.
+    """
+    if not isinstance(schedule, FlowMatching):
+        raise ValueError(f"flow_shift: expected none for a DDPM schedule, got {shift}")
+    table_shift = schedule.shift if schedule.table_shift is None else schedule.table_shift
+    return replace(schedule, shift=shift, table_shift=table_shift)
