@@ -1,7 +1,7 @@
 """Steps of whole models, over steps x dtypes x directions x providers.
 
 Work is the video tokens of a step, history included. For a step of training, forward is the loss
-without gradients, fwd+bwd the step itself.
+without gradients, fwd+bwd the step itself; a step of sampling has no backward.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from bench import options
-from bench.model_cases import ModelStep
+from bench.model_case import ModelStep
 from bench.suites import MODELS
 from vidgen.shapes import Direction
 
@@ -23,4 +23,4 @@ def test_models(
 ) -> None:
     outcome = measured(MODELS, spec, dtype, backward=direction != "fwd")[provider]
     labels = {"op": "model", "shape": spec.name, "direction": direction, "provider": provider}
-    record(outcome, labels, dtype, {"tokens_per_s": spec.n_tokens}, model=spec.title)
+    record(outcome, labels, dtype, spec.work, model=spec.title)

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 import torch  # noqa: E402
 
 from bench import groups, measure, report, tune  # noqa: E402
-from bench.suites import ATTENTION, MEMORY, SUITES  # noqa: E402
+from bench.suites import ATTENTION, MEMORY, SUITES, directions  # noqa: E402
 from vidgen.shapes import AttentionShape  # noqa: E402
 
 LIMIT = 520  # seconds, under nine minutes
@@ -125,11 +125,12 @@ def _finished(path: Path) -> set[str]:
     """Shapes with our times in every direction."""
     if not path.exists():
         return set()
-    directions: dict[str, set[str]] = {}
+    known = {spec.name: spec for suite in SUITES.values() for spec in suite.sets["real"]}
+    found: dict[str, set[str]] = {}
     for group in groups.groups(json.loads(path.read_text())):
         if "postponed" not in {row["status"] for row in group.missing.values()}:
-            directions.setdefault(group.shape, set()).add(group.direction)
-    return {shape for shape, of in directions.items() if of == set(groups.DIRECTIONS)}
+            found.setdefault(group.shape, set()).add(group.direction)
+    return {shape for shape, of in found.items() if of >= set(directions(known.get(shape)))}
 
 
 def _compile_in_parallel(specs: list[tuple[str, str]], seconds: float) -> None:

@@ -22,6 +22,12 @@ class Suite:
     over: str  # what the plot of speed-ups compares with
     time: str = "ms"
 
+    def duration(self, row: dict) -> float:
+        """In the unit of `time`; that of a video is projected from what was measured of it."""
+        if self.time == "s/video":
+            return row["median_ms"] / 1e3 / row["measured_share"]
+        return row["median_ms"]
+
 
 ATTENTION = Suite(
     "attention",
@@ -32,8 +38,9 @@ ATTENTION = Suite(
 )
 MEMORY = Suite("memory", "gbps", "GB/s", "large copy", "eager PyTorch")
 MODELS = Suite("models", "tokens_per_s", "tokens/s", None, "eager PyTorch", "ms/step")
+SAMPLERS = Suite("samplers", "videos_per_hour", "videos/h", None, "eager PyTorch", "s/video")
 SCALING = Suite("scaling", "tflops", "TFLOP/s", "large matrix product", ATTENTION.over)
-BY_OP = {"attention": ATTENTION, "model": MODELS, "scaling": SCALING}
+BY_OP = {"attention": ATTENTION, "model": MODELS, "sampler": SAMPLERS, "scaling": SCALING}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.suites import SUITES, Suite
+from bench.suites import SUITES, Suite, directions
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -17,8 +17,6 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-# `bwd` and `fwd+bwd` come from the same samples, so they follow each other
-DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 
 
 def device() -> torch.device:
@@ -27,8 +25,12 @@ def device() -> torch.device:
 
 def parametrize(metafunc: pytest.Metafunc, suite: Suite) -> None:
     config = metafunc.config
-    axes = (chosen_dtypes(config), DIRECTIONS, chosen_providers(config, suite))
-    cases = product(chosen_specs(config, suite), *axes)
+    dtypes, providers = chosen_dtypes(config), chosen_providers(config, suite)
+    cases = [
+        (spec, *case)
+        for spec in chosen_specs(config, suite)
+        for case in product(dtypes, directions(spec), providers)
+    ]
     metafunc.parametrize(
         ("spec", "dtype", "direction", "provider"),
         [pytest.param(*case, id="-".join([case[0].name, *case[1:]])) for case in cases],

@@ -18,6 +18,8 @@ COLOURS = {
     "flex": "#0072B2",
     "flex_max_autotune": "#CC79A7",
     "eager": "#999999",
+    "ours_cached": "#F0E442",
+    "ours_eager": "#009E73",
     "compile": "#0072B2",
     "liger": "#009E73",
     "official": "#CC79A7",

@@ -1,4 +1,5 @@
-"""The suites: attention and how it scales; operators bound by memory; steps of whole models."""
+"""The suites: attention and how it scales; operators bound by memory; steps of whole models, and
+whole videos."""
 
 from __future__ import annotations
 
@@ -14,10 +15,19 @@ from bench.curves import POINTS, make_case
 from bench.memory_calls import MemoryCall
 from bench.memory_cases import CASES
 from bench.memory_providers import PROVIDERS as MEMORY_PROVIDERS
-from bench.model_cases import STEPS, ModelCase
+from bench.model_calls import ModelCase
+from bench.model_cases import STEPS, VIDEOS
 from bench.model_providers import PROVIDERS as MODEL_PROVIDERS
 from bench.providers import Provider
-from vidgen.shapes import SETS
+from vidgen.shapes import SETS, Direction
+
+
+def directions(spec: Any) -> tuple[Direction, ...]:
+    """What is measured of a spec; a step of sampling has no backward.
+
+    ``bwd`` and ``fwd+bwd`` come from the same samples, so they follow each other.
+    """
+    return getattr(spec, "directions", ("fwd", "bwd", "fwd+bwd"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +58,10 @@ class Suite:
 ATTENTION = Suite("attention", SETS, ATTENTION_PROVIDERS, AttentionCase.make, 1.0)
 MEMORY = Suite("memory", CASES, MEMORY_PROVIDERS, MemoryCall.make, 0.2)
 # A graph would keep the activations of a step alive, for each provider.
-MODELS = Suite("models", STEPS, MODEL_PROVIDERS, ModelCase.make, 1.0, 150, graphs=False)
+MODELS = Suite("models", STEPS, MODEL_PROVIDERS, ModelCase.make, 0.5, 150, graphs=False)
+SAMPLERS = Suite("samplers", VIDEOS, MODEL_PROVIDERS, ModelCase.make, 0.5, 250, graphs=False)
 SCALING = Suite("scaling", POINTS, ATTENTION_PROVIDERS, make_case, 0.3)
-SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS, SCALING)}
+SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS, SAMPLERS, SCALING)}
 
 
 if __name__ == "__main__":  # `vidgen info`: what each is, and why this machine lacks it if it does

@@ -29,7 +29,7 @@ from torch import nn  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from bench.cases import Case, Function, as_tuple  # noqa: E402
-from bench.suites import SUITES  # noqa: E402
+from bench.suites import SUITES, directions  # noqa: E402
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -44,6 +44,8 @@ DEFAULTS = {  # dtype, shape of each suite
             "attention": "pyramid_768p_u15_s2_h30",
             "memory": "segment_n4-repvideo_2b",
             "models": "flux_train_384p",
+            "samplers": "nova_video_480p",
+            "scaling": "scaling_frames_16x1024",
         },
     ),
     "cpu": (
@@ -52,6 +54,8 @@ DEFAULTS = {  # dtype, shape of each suite
             "attention": "cpu_frames_8x512",
             "memory": "segment_n4-cpu_repvideo",
             "models": "cpu_flux_train_384p",
+            "samplers": "cpu_nova_video",
+            "scaling": "cpu_scaling_frames_16x256",
         },
     ),
 }
@@ -67,13 +71,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--op",
         choices=SUITES,
         default="attention",
-        help="memory: any other operator; models: a whole step",
+        help="memory: any other operator; models: a whole step; samplers: a video, or part of one",
     )
     parser.add_argument(
         "--shape", help=f"a shape that `vidgen bench` names (default: {', '.join(shapes.values())})"
     )
     parser.add_argument("--provider", default="ours", help="or a baseline, to compare")
-    parser.add_argument("--direction", choices=("fwd", "bwd", "fwd+bwd"), default="fwd+bwd")
+    parser.add_argument(
+        "--direction",
+        choices=("fwd", "bwd", "fwd+bwd"),
+        help="(default: fwd+bwd, or fwd where there is no backward)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="(default: %(default)s)")
     parser.add_argument(
         "--mode",
@@ -96,6 +104,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, known in (("shape", suite.names), ("provider", suite.providers)):
         if (chosen := getattr(args, name)) not in known:
             parser.error(f"--{name}: expected one of {', '.join(known)}; got {chosen}")
+    known = directions(suite.find(args.shape))
+    args.direction = args.direction or known[-1]
+    if args.direction not in known:
+        parser.error(
+            f"--direction: expected {' or '.join(known)} for {args.shape}, got {args.direction}"
+        )
     if args.dry_run and args.mode not in ("nsys", "ncu"):
         parser.error("--dry-run: only nsys and ncu have a command to print")
     args.device = torch.device(device)
@@ -180,11 +194,12 @@ def main(argv: list[str] | None = None) -> int:
         return by_script(args, stem)
     suite = SUITES[args.op]
     case = suite.make(suite.find(args.shape), DTYPES[args.dtype], args.device)
-    calls = prepare(case, suite.providers[args.provider].setup(case), args.direction)
+    function = suite.providers[args.provider].setup(case)
+    calls = prepare(case, function, args.direction)
     for _ in range(WARM_UP):
         calls(1)()
     work = calls(args.calls)
-    record = recorded(args.device, getattr(case, "model", None))  # of a whole step
+    record = recorded(args.device, getattr(function, "model", None))  # of a whole step
     if args.mode == "torch":
         by_torch(work, record, stem)
     else:

@@ -16,13 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import attention_providers, curves, gpu, groups, measure, report, subjects
 from bench.memory_calls import MemoryCall
 from bench.memory_cases import CASES, MemoryCase
-from bench.model_cases import STEPS, ModelCase, ModelStep
-from bench.suites import ATTENTION, MEMORY, MODELS, SUITES
+from bench.suites import ATTENTION, MEMORY, SUITES
 from vidgen import cli
-from vidgen.eager import interval_attention
-from vidgen.ops import EAGER as EAGER_OPS
-from vidgen.ops import FUSED, IntervalMask
-from vidgen.pyramid_flow.example import TrainingExample
+from vidgen.ops import FUSED
 from vidgen.shapes import REAL, TOY, nova_sets, pyramid_blocks
 from vidgen_kernels import configs
 
@@ -73,16 +69,6 @@ def test_floors_are_the_tensors_that_a_call_reads_and_writes(case: MemoryCase) -
         is_view = any(x.untyped_storage()._cdata == y.untyped_storage()._cdata for y in read)
         n_bytes += -x.nbytes if is_view else x.nbytes
     assert n_bytes == pytest.approx(case.floor(torch.bfloat16).fwd, rel=0.01)
-
-
-@pytest.mark.parametrize("spec", STEPS["toy"], ids=lambda s: s.name)
-def test_tokens_of_a_step_are_those_of_its_clips(spec: ModelStep) -> None:
-    example = MODELS.make(spec, torch.float32, CPU).example
-    if isinstance(example, TrainingExample):
-        clips = [clip for column in example.columns(EAGER_OPS) for clip in column.clips]
-    else:
-        clips = example.clips
-    assert spec.n_tokens == sum(clip[:, 0].numel() // 4 for clip in clips)
 
 
 # ---- the gate
@@ -155,44 +141,6 @@ def test_providers_agree_on_memory_cases(spec: MemoryCase) -> None:
         outcomes = measure.measure_group(case, backward, chosen, once=True)
         assert {o.status for o in outcomes.values()} <= {"measured", "unavailable"}, outcomes
         assert outcomes["ours"].samples
-
-
-@pytest.mark.parametrize("spec", STEPS["toy"], ids=lambda s: s.name)
-def test_providers_agree_on_steps_of_models(spec: ModelStep) -> None:
-    def without_mask(case: ModelCase):
-        def attention(q, k, v, mask: IntervalMask):
-            everything = IntervalMask.block_causal([k.shape[2]], device=k.device)
-            return interval_attention(q, k, v, everything)
-
-        return case.function(EAGER_OPS._replace(interval_attention=attention))
-
-    case = MODELS.make(spec, torch.float64, CPU)
-    ours, eager = (MODELS.providers[name] for name in ("ours", "eager"))
-    planted = dataclasses.replace(eager, name="planted", setup=without_mask)
-    for backward in (False, True):
-        outcomes = measure.measure_group(case, backward, [ours, eager, planted], once=True)
-        statuses = {name: outcome.status for name, outcome in outcomes.items()}
-        assert statuses == {"ours": "measured", "eager": "measured", "planted": "wrong"}, outcomes
-
-
-def test_compiled_blocks_have_the_parameters_of_the_model() -> None:
-    """Not compiled here, which takes minutes: only exchanged."""
-    case = MODELS.make(STEPS["toy"][0], torch.float32, CPU)
-    called = []
-
-    class Watched(torch.nn.Module):
-        def __init__(self, block: torch.nn.Module) -> None:
-            super().__init__()
-            self.block = block
-
-        def forward(self, *args):
-            called.append(self.block)
-            return self.block(*args)
-
-    function = case.function(EAGER_OPS, Watched)
-    assert case.disagreement(function, backward=True) <= case.allowed(backward=True)
-    assert len(called) == 2
-    assert not any(isinstance(module, Watched) for module in case.model.modules())
 
 
 def test_a_provider_that_raises_is_a_result() -> None:
@@ -313,24 +261,6 @@ def test_memory_report_has_bandwidth_and_its_own_files(tmp_path: Path) -> None:
     text = (tmp_path / "cpu" / "README.md").read_text()
     assert "| mix_n4-rows | 2 | 100 | 50% | 3 | 1e-06 | ~2.50x | WRONG |" in text
     assert "fp32: 200 GB/s" in text and "Mask creation" not in text
-
-
-def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
-    results = invented_results()
-    for row in [b["extra_info"] for b in results["benchmarks"]] + results["not_measured"]:
-        row.update(op="model", shape="flux_train_384p")
-        row["provider"] = row["provider"].replace("sdpa_dense", "eager")
-        row["tokens_per_s"] = 1e4 * row.pop("tflops", 0)
-        row.pop("fraction_of_peak", None)
-    path = tmp_path / "new.json"
-    path.write_text(json.dumps(results))
-    assert report.main([str(path), "--output", str(tmp_path / "cpu")]) == 0
-    files = {p.name for p in (tmp_path / "cpu").iterdir()}
-    assert files == {"models.json", "models_speedup.png", *PAGES}
-    text = (tmp_path / "cpu" / "README.md").read_text()
-    assert "| shape | ours, ms/step | tokens/s | MB | error | vs eager | vs planted |" in text
-    assert "| flux_train_384p | 2 | 1000 | 3 | 1e-06 | ~2.50x | WRONG |" in text
-    assert "peak" not in text
 
 
 def test_report_of_scaling_fits_exponents(tmp_path: Path) -> None:
