@@ -45,9 +45,9 @@ OPAQUE = EAGER._replace(
 
 def compiled(case: ModelCase, backend: str | Callable[..., Any] = "inductor") -> Function:
     """Block by block: all of a kind share what is compiled, the whole would take many minutes."""
-    dynamo_config.recompile_limit = COMPILED_VARIANTS
     change = partial(torch.compile, dynamic=False, backend=backend)
-    return case.function(OPAQUE, "released", change)
+    function = case.function(OPAQUE, "released", change)
+    return dynamo_config.patch(recompile_limit=COMPILED_VARIANTS)(function)
 
 
 def _without_cache(case: ModelCase, backward: bool) -> str | None:

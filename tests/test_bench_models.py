@@ -12,7 +12,7 @@ from bench import groups, measure, report
 from bench.model_calls import ModelCase, Reference
 from bench.model_case import ModelStep, TokenStep, twin
 from bench.model_cases import STEPS, VIDEOS
-from bench.model_providers import compiled
+from bench.model_providers import COMPILED_VARIANTS, compiled
 from bench.pyramid_cases import PyramidTraining, PyramidVideo
 from bench.suites import MODELS, SAMPLERS, directions
 from vidgen.nova.example_steps import CONFIGS, SetOfFrame
@@ -148,9 +148,9 @@ def test_blocks_are_exchanged_with_the_parameters_of_the_model(name: str, n_bloc
     assert blocks <= {id(module) for module in case.model.modules()}  # not copies of parameters
 
 
-def test_blocks_of_a_kind_are_compiled_once(monkeypatch) -> None:
+def test_blocks_of_a_kind_are_compiled_once() -> None:
     """But the first, to which no update is pending. The backend compiles nothing."""
-    monkeypatch.setattr(dynamo_config, "recompile_limit", dynamo_config.recompile_limit)
+    limit = dynamo_config.recompile_limit
     spec = dataclasses.replace(KNOWN["cogvideox_2b_toy"], less=(1, 5))
     case = ModelCase.make(spec, torch.float32, CPU)
     graphs = []
@@ -164,6 +164,7 @@ def test_blocks_of_a_kind_are_compiled_once(monkeypatch) -> None:
     assert case.disagreement(function, backward=False) <= case.allowed(backward=False)
     torch.compiler.reset()
     assert len(graphs) == 2
+    assert dynamo_config.recompile_limit == limit < COMPILED_VARIANTS
 
 
 def test_a_twin_leaves_the_model_as_it_is() -> None:
