@@ -54,9 +54,11 @@ def _portable_fwd(
         if not (scale or shift):
             a, stats = portable.layer_norm(x, weight, bias, eps, a_dtype)
             return empty[0], a, *empty[1:], stats
-        if not text_length and a_dtype == x.dtype and portable.is_small(x, *scale, *shift):
-            a, stats = portable.modulated_layer_norm(x, weight, bias, scale, shift, eps)
-            return empty[0], a, *empty[1:], stats
+        if len(scale) < 2 and len(shift) < 2 and a_dtype == x.dtype:
+            scale_, shift_ = (vectors[0] if vectors else None for vectors in (scale, shift))
+            if portable.is_small(x, scale_, shift_, weight, bias):
+                a, stats = portable.small_layer_norm(x, weight, bias, scale_, shift_, eps)
+                return empty[0], a, *empty[1:], stats
     results = empty_fwd(
         x, f, entries, older, cache_gate, gate, scale, shift, weight, bias, text_length, n_entries,
         norm, eps, a_dtype, sum_dtype, keep_total, keep_y,
@@ -271,23 +273,22 @@ def _prepare(
     if text is None and text_length != 0:
         raise ValueError(f"text: expected a Modulation for {text_length} text tokens, got None")
     kinds: list[list[Tensor]] = []
+    is_per_token = False
     for name, vector, of_text in zip(Modulation._fields, own, text or own, strict=True):
         if (vector is None) != (of_text is None):
             expected = "None" if vector is None else "a tensor"
             raise ValueError(f"text.{name}: expected {expected} as {name} is, got the other")
-        given_vectors = (
-            [] if vector is None else [as_vectors(name, vector, x, n_tokens - text_length)]
-        )
-        if of_text is not None and text is not None:
-            given_vectors.append(as_vectors(f"text.{name}", of_text, x, text_length))
-        kinds.append(given_vectors)
-    if portable.has_vector_per_token([v for vectors in kinds for v in vectors]):
+        vectors: list[Tensor] = []
+        if vector is not None:
+            vectors.append(as_vectors(name, vector, x, n_tokens - text_length))
+            if text is not None and of_text is not None:
+                vectors.append(as_vectors(f"text.{name}", of_text, x, text_length))
+            is_per_token = is_per_token or portable.has_vector_per_token(vectors)
+        kinds.append(vectors)
+    if is_per_token:
         sizes = n_tokens - text_length, text_length
         kinds = [
-            [
-                v if v.shape[:2] == (len(x), n) else v.expand(len(x), n, -1)
-                for v, n in zip(vectors, sizes, strict=False)
-            ]
+            [expand_vectors(v, x.shape[0], n) for v, n in zip(vectors, sizes, strict=False)]
             for vectors in kinds
         ]
     return kinds
@@ -319,6 +320,13 @@ def as_vectors(name: str, v: Tensor, x: Tensor, n_tokens: int) -> Tensor:
         raise ValueError(f"{name}: expected shape {expected}, got {list(given_shape)}")
     check_last_dim(name, v)
     return v
+
+
+def expand_vectors(v: Tensor, n_batch: int, n_tokens: int) -> Tensor:
+    """[n_batch, n_tokens, D]: ``v`` itself where it is that already, which most often it is."""
+    if v.shape[0] == n_batch and v.shape[1] == n_tokens:
+        return v
+    return v.expand(n_batch, n_tokens, -1)
 
 
 def residual_norm(

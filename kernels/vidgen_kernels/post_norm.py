@@ -37,7 +37,7 @@ from ._triton import (
 )
 from .configs import ROW_WISE, lookup_rows
 from .front_door import check_last_dim, check_tensor, refuse_tangents
-from .norms import NORMS, as_vectors, check_like
+from .norms import NORMS, as_vectors, check_like, expand_vectors
 from .portable import post_norm as portable
 from .portable.post_norm import empty_bwd, empty_fwd
 from .registration import define_op, refuse_double_backward
@@ -295,7 +295,7 @@ def post_norm_residual(
                 raise ValueError(f"gate: expected shape {expected}, got {list(gate.shape)}")
             gate = gate if gate.ndim == 1 else gate[None]
         gate = as_vectors("gate", gate, rows, rows.shape[1])
-        gate = gate if len(gate) == len(rows) else gate.expand(len(rows), -1, -1)
+        gate = expand_vectors(gate, rows.shape[0], gate.shape[1])
     refuse_tangents(x, f, gate, weight, bias)
     out, _ = forward_op(rows, f_rows, gate, weight, bias, norm, float(eps))
     return out[0] if x.ndim == 2 else out

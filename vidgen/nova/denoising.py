@@ -112,7 +112,8 @@ class SetDenoiser:
 
     def _predict(self, x: Tensor, modulations: list[Tensor], n_branches: int) -> Tensor:
         """``[G B, n, P]`` of the tokens ``[B, n, P]`` that all branches share."""
-        h = F.linear(x.reshape(1, -1, x.shape[2]), *self.embedding).repeat(1, n_branches, 1)
+        h = F.linear(x.reshape(1, -1, x.shape[2]), *self.embedding)
+        h = torch.cat([h] * n_branches, dim=1)
         for i, block in enumerate(self.blocks):
             h = block.modulated(h, *modulations[3 * i : 3 * i + 3], self.ops)
         return self.mlp.modulated_out(h, *modulations[-2:]).view(-1, *x.shape[1:])

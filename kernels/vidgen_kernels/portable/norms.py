@@ -13,7 +13,7 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**17  # half a MB in fp32
 
-_layer_norm = torch.ops.aten.native_layer_norm.default
+_layer_norm = torch.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -66,22 +66,25 @@ def stack_stats(mean: Tensor, rstd: Tensor) -> Tensor:
     return torch.cat([mean, rstd]).view(2, *mean.shape[:-1])
 
 
-def modulated_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: list[Tensor], shift: list[Tensor],
-    eps: float,
+def small_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`layer_norm` and what modulates it, of a few rows: calls cost more than they compute."""
-    a, stats = layer_norm(x, weight, bias, eps, x.dtype)
-    if scale and shift:
-        return torch.addcmul(shift[0], a, scale[0] + 1), stats
-    return (a.mul_(scale[0] + 1) if scale else a.add_(shift[0])), stats
+    """`layer_norm`, modulated, where `is_small`: its calls cost more than they compute."""
+    a, mean, rstd = _layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if scale is not None:
+        a = a.mul_(scale + 1) if shift is None else torch.addcmul(shift, a, scale + 1)
+    elif shift is not None:
+        a = a.add_(shift)
+    return a, stack_stats(mean, rstd)
 
 
 def is_small(x: Tensor, *others: Tensor | None) -> bool:
     """A cacheful of one wide dtype."""
-    is_wide = x.dtype in (torch.float32, torch.float64)
-    same = all(v is None or v.dtype == x.dtype for v in others)
-    return is_wide and same and x.numel() <= CHUNK_ELEMENTS
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64) or x.numel() > CHUNK_ELEMENTS:
+        return False
+    return all([v is None or v.dtype == dtype for v in others])
 
 
 def residual_norm_fwd(

@@ -12,11 +12,11 @@ from torch import Tensor
 from .norms import (
     fill_stats,
     is_small,
-    layer_norm,
     layer_norm_backward,
     normalize,
     normalize_again,
     rms_norm_backward,
+    small_layer_norm,
 )
 
 CHUNK_ELEMENTS = 2**19  # two passes alone: calls cost more than a larger cache saves
@@ -55,8 +55,8 @@ def post_norm_residual_fwd(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if norm == "layer" and is_small(f, x, gate):  # calls cost more than they compute
-        n, stats = layer_norm(f, weight, bias, eps, f.dtype)
+    if norm == "layer" and is_small(f, x, gate, weight, bias):
+        n, stats = small_layer_norm(f, weight, bias, None, None, eps)
         return (n.add_(x) if gate is None else torch.addcmul(x, n, gate)), stats
     out, stats = empty_fwd(x, f)
     acc = stats.dtype
