@@ -20,12 +20,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 import torch  # noqa: E402
 import triton  # noqa: E402
 
+from bench import a100_measured, a100_models  # noqa: E402
 from bench.memory_cases import CASES  # noqa: E402
 from tests import aot, aot_compile, aot_rows, pipes  # noqa: E402
 from tests.aot_compile import Instruction  # noqa: E402
 from vidgen.shapes import REAL  # noqa: E402
 
-TABLE = ROOT / "bench" / "results" / "a100" / "static.md"
+RESULTS = ROOT / "bench" / "results"
+TABLE = RESULTS / "a100" / "static.md"
 HEAD_DIMS = (64, 96, 128)  # of the models
 KINDS = ("tensor", "xu", "fp32", "integer", "conversion", "shared", "global", "shuffle", "control")
 # Time on an A100 over the replay of our loops' like: what published kernels reached.
@@ -179,10 +181,14 @@ not get below the first figure; launches, tails and clocks come on top of the se
 """
 
 
+def replays(attention: list[list[str]]) -> dict[str, float]:
+    """Shares of the tensor peak, by kernel and head dim."""
+    return {row[0]: float(row[ATTENTION.index("replay")].rstrip("%")) / 100 for row in attention}
+
+
 def projections(attention: list[list[str]]) -> list[list[str]]:
     """Rows of shape, forward and backward, of all real shapes that the models make."""
-    replay = {row[0]: float(row[ATTENTION.index("replay")].rstrip("%")) / 100 for row in attention}
-    rows = []
+    replay, rows = replays(attention), []
     for shape in REAL:
         times = []
         for kernels in PASSES.values():
@@ -196,6 +202,43 @@ def projections(attention: list[list[str]]) -> list[list[str]]:
     return rows
 
 
+# ---- projection of a model's step
+
+ON_STEPS = f"""\
+## Projection of a step of each model, ms
+
+**Not measured.** One evaluation with guidance at released size, in bf16: every operator that it
+calls takes as long as the slower of its arithmetic and its memory. Attention and what is bound by
+memory: as above, PyTorch's own operators (*other*: activations, copies) included. Linear layers:
+{a100_models.CUBLAS[0]:.0%} to {a100_models.CUBLAS[1]:.0%} of the dense tensor peak. Large products
+of cuBLAS are assumed to reach that; it was not measured. Launches, tails and clocks come on top.
+"""
+
+
+def step_row(step: a100_models.Step, replay: dict[str, float]) -> list[str]:
+    def attention(head_dim: int) -> tuple[float, float]:
+        rate = pipes.TENSOR_PEAK / 1e12 * replay[f"fwd D {head_dim}"]
+        return MEASURED_OVER_REPLAY[0] * rate, MEASURED_OVER_REPLAY[1] * rate
+
+    return [step.spec.name, *a100_models.projected(a100_models.counted(step), attention, COPY)]
+
+
+# ---- projection of what was measured elsewhere
+
+ON_MEASURED = """\
+## Projection of calls measured on other GPUs, ms
+
+**Not measured on an A100.** Ours in bf16, as if it reached the same share there of what large
+matrix products and copies reach, which is assumed as above.
+"""
+
+
+def measured_rows(results: Path) -> list[list[str]]:
+    low, high = (share * pipes.TENSOR_PEAK / 1e12 for share in a100_models.CUBLAS)
+    copies = COPY[0] * pipes.DRAM / 1e9, COPY[1] * pipes.DRAM / 1e9
+    return a100_measured.projections(results, {"tflops": (low, high), "gbps": copies})
+
+
 def _range(best: float, shares: tuple[float, float]) -> str:
     low, high = shares
     return f"{best / high:.3g} to {best / low:.3g}"
@@ -207,6 +250,7 @@ def report(jobs: int) -> str:
     memory = list(aot_compile.inspect_all(memory_rows, memory_cases(), jobs))
     if failed := [row for row in (*attention, *memory) if isinstance(row, str)]:
         raise RuntimeError("; ".join(failed))
+    steps = [step_row(step, replays(attention)) for step in a100_models.STEPS]
     sections = (
         INTRODUCTION.format(version=triton.__version__),
         ON_ATTENTION,
@@ -215,7 +259,11 @@ def report(jobs: int) -> str:
         aot_compile.markdown([MEMORY, *(row for rows in memory for row in rows)]),
         ON_CALLS.format(*COPY),
         aot_compile.markdown([["call", "fwd", "bwd"], *projections(attention)]),
+        ON_STEPS,
+        aot_compile.markdown([a100_models.HEADERS, *steps]),
     )
+    if measured := measured_rows(RESULTS):
+        sections += (ON_MEASURED, aot_compile.markdown([a100_measured.HEADERS, *measured]))
     return "\n".join(sections)
 
 

@@ -261,6 +261,29 @@ class PostNorm(MemoryCase):
         return Floor(4, 5) if self.gated else Floor(3, 3)
 
 
+@dataclass(frozen=True)
+class PostNormAdaLN(MemoryCase):
+    """``x + gate * LayerNorm(f)``, its LayerNorm and a modulation for every token."""
+
+    shape: TokenShape
+    op = "post_norm_adaln"
+
+    def tensors(self, draw: Draw) -> Inputs:
+        found = {**draw.rows(self.shape, "x f"), **draw.vectors(self.shape.hidden, "weight bias")}
+        # of two projections: that of the layer, and that of the next one
+        gate = draw.modulation(self.shape, "scale shift gate", per_token=True)["gate"]
+        next_ = draw.modulation(self.shape, "scale shift gate", per_token=True)
+        return {**found, "gate": gate, "scale": next_["scale"], "shift": next_["shift"]}
+
+    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
+        return ops.post_norm_adaln(**inputs)
+
+    def units(self, wide: float) -> Floor:
+        # x, f, gate, scale, shift -> out, a
+        # dout, da, out, f, gate, scale -> dx, df, dgate, dscale; dshift is da
+        return Floor(7, 10)
+
+
 # ---- attention's inputs
 
 

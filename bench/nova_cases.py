@@ -124,8 +124,8 @@ class NovaVideo(NovaStep, Sampler):
 TRAININGS = (NovaTraining(), NovaTraining(temporal=True))
 EVALUATIONS = (NovaSet(), NovaSet(part="denoising"))
 REDUCED_STEPS = (
-    NovaTraining(REDUCED, rows=1, n_frames=2),
-    NovaTraining(REDUCED, temporal=True, rows=1),
+    NovaTraining(REDUCED, rows=1, n_frames=1),
+    NovaTraining(REDUCED, temporal=True, rows=1, n_frames=5),
     NovaSet(REDUCED),
     NovaSet(REDUCED, "denoising"),
 )
@@ -136,5 +136,5 @@ TOY_STEPS = (
     NovaSet("toy", "denoising"),
 )
 VIDEOS = (NovaVideo(),)
-REDUCED_VIDEOS = (NovaVideo(REDUCED),)
+REDUCED_VIDEOS = (NovaVideo(REDUCED, SamplingConfig(4, 10)),)
 TOY_VIDEOS = (NovaVideo("toy", SamplingConfig(3, 4, max_latent_length=2), clip_frames=2),)

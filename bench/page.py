@@ -14,6 +14,7 @@ h1 { border-bottom: 1px solid #ddd; padding-bottom: .3rem }
 img { max-width: 100% }
 .table { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { text-align: left }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5 }
 tbody tr:hover { background: #f6f6f6 }
 .faster { color: #00704f } .slower { color: #b3261e } .wrong { color: #b3261e; font-weight: bold }

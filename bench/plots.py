@@ -18,7 +18,7 @@ COLOURS = {
     "flex": "#0072B2",
     "flex_max_autotune": "#CC79A7",
     "eager": "#999999",
-    "ours_cached": "#F0E442",
+    "ours_cached": "#CC79A7",
     "ours_eager": "#009E73",
     "compile": "#0072B2",
     "liger": "#009E73",
@@ -55,6 +55,8 @@ def plot_peak(found: list[Group], path: Path) -> None:
 def plot_curves(found: list[Group], path: Path) -> None:
     """Time over size, both logarithmic, a panel per curve and direction."""
     pyplot = _pyplot()
+    from matplotlib.ticker import LogLocator, NullLocator
+
     every = curves(found)
     names = list(dict.fromkeys((c.name, c.dtype) for c in every))
     directions = [d for d in DIRECTIONS if any(c.direction == d for c in every)]
@@ -84,6 +86,9 @@ def plot_curves(found: list[Group], path: Path) -> None:
         for axes, (name, dtype) in zip(row, names, strict=True):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.grid(which="major", color="#DDDDDD", linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(which="both", labelsize=8)

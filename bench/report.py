@@ -103,6 +103,8 @@ def _three_digits(x: float) -> str:
 
 
 def _against(group: Group, peer: str) -> str:
+    if _is_variant(peer) and peer in group.rows:
+        return _three_digits(group.suite.duration(group.rows[peer]))
     speedup = group.speedup(OURS, over=peer)
     if speedup is not None:
         noise = "~" if group.rows[peer]["spread"] > NOISY else ""
@@ -122,8 +124,13 @@ def headers(found: list[Group], peers: list[str]) -> list[str]:
         *(["of peak"] if suite.peak else []),
         "MB",
         "error",
-        *(f"vs {p}".replace("_", " ") for p in peers),
+        *((f"{p}, {suite.time}" if _is_variant(p) else f"vs {p}").replace("_", " ") for p in peers),
     ]
+
+
+def _is_variant(provider: str) -> bool:
+    """Ours in another way, no peer: its own time is shown."""
+    return provider.startswith(f"{OURS}_")
 
 
 def measured_peers(found: list[Group]) -> list[str]:

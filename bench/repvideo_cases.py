@@ -27,7 +27,7 @@ from vidgen.repvideo.example import (
 from vidgen.repvideo.transformer import CogVideoXTransformer
 from vidgen.shapes import Direction
 
-REDUCED, TOY = (4, 3), (1, 3)  # heads and layers; the third is the first that mixes
+REDUCED, TOY = (2, 3), (1, 3)  # heads and layers; the third is the first that mixes
 
 
 @dataclass(frozen=True)

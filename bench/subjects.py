@@ -29,6 +29,7 @@ ATTENTION_SHAPES = {
 MEMORY_SHAPES = {
     "residual_norm": ("segment_n4-repvideo_2b", "segment_n4-cogvideox_5b"),
     "post_norm": ("post_norm-nova_0.6b_1024px", "post_norm-nova_1.4b_1024px"),
+    "post_norm_adaln": ("post_norm_adaln-nova_mlp_train",),
     "qk_norm_rope": ("qk_norm_rope_joint-flux_768p_u15_s2",),
     "linear_step": ("euler_step-cogvideox15_81f_b8",),
 }

@@ -4,7 +4,7 @@ whole videos."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,12 @@ MEMORY = Suite("memory", CASES, MEMORY_PROVIDERS, MemoryCall.make, 0.2)
 # A graph would keep the activations of a step alive, for each provider.
 MODELS = Suite("models", STEPS, MODEL_PROVIDERS, ModelCase.make, 0.5, 150, graphs=False)
 SAMPLERS = Suite("samplers", VIDEOS, MODEL_PROVIDERS, ModelCase.make, 0.5, 250, graphs=False)
-SCALING = Suite("scaling", POINTS, ATTENTION_PROVIDERS, make_case, 0.3)
+# A CPU would spend minutes on compiling FlexAttention for every size.
+SCALING_PROVIDERS = {
+    name: replace(provider, default_on=("cuda",)) if name == "flex" else provider
+    for name, provider in ATTENTION_PROVIDERS.items()
+}
+SCALING = Suite("scaling", POINTS, SCALING_PROVIDERS, make_case, 0.3)
 SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS, SAMPLERS, SCALING)}
 
 

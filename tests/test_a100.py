@@ -3,13 +3,21 @@
 As with the tables, the page is compared under the Triton version it names.
 """
 
-import pytest
-import triton
+import json
+from pathlib import Path
 
-from bench import a100
-from bench.memory_cases import CASES
+import pytest
+import torch
+import triton
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench import a100, a100_models
+from bench.memory_cases import CASES, MemoryCase
+from bench.model_cases import STEPS
 from tests import aot_compile, pipes
 from tests.aot_compile import Instruction
+from vidgen.ops import FUSED
 from vidgen.shapes import REAL
 
 pytestmark = pytest.mark.aot
@@ -17,6 +25,9 @@ pytestmark = pytest.mark.aot
 # Percent of the tensor peak. FlashAttention-2's loops replay at 70 and 80 forward and, with atomic
 # adds that are not counted, 61 and 68 backward.
 REPLAY = {"fwd D 64": 74, "fwd D 128": 76, "dq D 64": 77, "dkdv D 64": 76, "dkdv D 128": 68}
+# What a step of a model calls.
+OPS = ("residual_norm", "post_norm", "qk_norm_rope", "qk_norm_rope_joint")
+COUNTED = [case for case in CASES["reduced"] if case.variant in OPS]
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +47,12 @@ def test_the_page_names_what_ships() -> None:
     assert "# A100: not measured" in page
     shipped = {f"{c.kernel} D {c.head_dim}" for c in a100.attention_cases()}
     shipped |= {case.memory.name for case in a100.memory_cases()}
-    parts = [aot_compile.table_rows(part) for part in page.split("## ")]
-    kernels, calls = parts[:-1], parts[-1]
+    own, *_ = page.split(a100.ON_MEASURED)
+    *kernels, calls, steps = (aot_compile.table_rows(part) for part in own.split("## "))
     assert {name.split(", ")[-1] for part in kernels for name in part} == shipped
     assert list(calls) == [s.name for s in (*REAL, *CASES["real"])]
+    assert list(steps) == [s.spec.name for s in a100_models.STEPS]
+    assert {s.spec.name for s in a100_models.STEPS} <= {s.name for s in STEPS["real"]}
 
 
 @pytest.mark.parametrize("case", a100.attention_cases(), ids=str)
@@ -59,6 +72,84 @@ def test_projection_follows_from_the_table(rows: dict[str, list[str]]) -> None:
     attention = [rows[f"{c.kernel} D {c.head_dim}"] for c in a100.attention_cases()]
     for row in a100.projections(attention):
         assert rows[row[0]] == row
+
+
+@pytest.mark.parametrize("step", a100_models.STEPS, ids=lambda s: s.spec.name)
+def test_step(step: a100_models.Step, rows: dict[str, list[str]]) -> None:
+    replay = a100.replays([rows[f"{c.kernel} D {c.head_dim}"] for c in a100.attention_cases()])
+    row = a100.step_row(step, replay)
+    assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+
+
+def test_what_was_measured_elsewhere_is_on_the_page(rows: dict[str, list[str]]) -> None:
+    for row in a100.measured_rows(a100.RESULTS):
+        assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+
+
+def test_a_measured_share_is_one_of_the_peak_of_an_a100(tmp_path: Path) -> None:
+    """Half of a peak of 400 TFLOP/s for 2 ms, 400 GFLOP, at half of 312 by the assumed shares."""
+    info = {"op": "attention", "shape": "frames", "dtype": "bf16", "direction": "fwd"}
+    info |= {"tflops": 200.0, "fraction_of_peak": 0.5, "median_ms": 2.0, "gpu": "NVIDIA H200"}
+    found = [{**info, "provider": p} for p in ("ours", "flex")] + [{**info, "dtype": "fp16"}]
+    found[-1]["provider"] = "ours"
+    stats = {"median": 2e-3, "iqr": 0.0}
+    results = {"benchmarks": [{"stats": stats, "extra_info": x} for x in found]}
+    for folder in ("nvidia-h200", "cpu"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "attention.json").write_text(json.dumps(results))
+    (row,) = a100.measured_rows(tmp_path)
+    low, high = (400 / (0.5 * 312 * share) for share in reversed(a100_models.CUBLAS))
+    assert row == ["frames, NVIDIA H200", "50%", "-", f"{low:.3g} to {high:.3g}", "-"]
+
+
+def counted(function, *args) -> list[a100_models.Call]:
+    """The operators of a call on fake tensors."""
+    mode = a100_models.Counted(lambda q, k: q.shape[2] * k.shape[2])
+    with torch.no_grad(), mode:
+        function(*args)
+    return mode.calls
+
+
+def test_products_are_counted_with_what_they_read_and_write() -> None:
+    with FakeTensorMode():
+        layer, x = nn.Linear(32, 48), torch.empty(2, 5, 32)
+        (call,) = counted(layer, x)
+    weights = 48 * 32 + 48
+    assert call == a100_models.Call("linear", 2 * 10 * 32 * 48, 4 * (10 * 32 + weights + 10 * 48))
+
+
+def test_only_what_moves_is_counted() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 6)
+        assert counted(lambda: torch.empty_like(x.mT.unflatten(0, (2, 3))[1:])) == []
+        assert counted(lambda: x.mT.contiguous()) == [a100_models.Call("other", 0, 2 * 4 * 24)]
+        assert counted(lambda: x.add_(1)) == [a100_models.Call("other", 0, 4 * 24)]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
+def test_our_operators_move_their_floor(case: MemoryCase) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        inputs = case.inputs(torch.bfloat16, "cpu")
+        (call,) = [c for c in counted(case.call, FUSED, inputs) if c.part == "ours"]
+    assert call.n_bytes == pytest.approx(case.floor(torch.bfloat16).fwd, rel=0.01)
+
+
+def test_a_step_takes_as_long_as_the_slower_of_its_two_bounds() -> None:
+    linear, moved = (0.5 * peak * 1e-3 for peak in (pipes.TENSOR_PEAK, pipes.DRAM))
+    calls = [
+        a100_models.Call("linear", linear, 0),
+        a100_models.Call("linear", 0, moved),
+        a100_models.Call("attention", 1e11, 0, head_dim=64),
+        a100_models.Call("ours", 0, moved),
+        a100_models.Call("other", 0, 2 * moved),
+    ]
+    row = a100_models.projected(calls, lambda head_dim: (100.0, 200.0), (0.5, 1.0))
+    numbers = dict(zip(a100_models.HEADERS[1:], row, strict=True))
+    slow, fast = (0.5 / share for share in a100_models.CUBLAS)
+    assert numbers["linear, ms"] == f"{fast + 0.5:.3g} to {slow + 1:.3g}"
+    assert numbers["attention, ms"] == "0.5 to 1"
+    assert numbers["ours, ms"] == "0.5 to 1" and numbers["other, ms"] == "1 to 2"
+    assert numbers["step, ms"] == f"{fast + 2.5:.3g} to {slow + 5:.3g}"
 
 
 def line(opcode: str, *, stall: int = 1, sets: int = 7, waits: int = 0) -> Instruction:

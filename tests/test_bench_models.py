@@ -235,6 +235,14 @@ def test_report_of_samplers_says_what_is_projected(tmp_path: Path) -> None:
     assert "| step | 0.002 | 1800000 |" in reported(whole, tmp_path)
 
 
+def test_ours_in_another_way_is_no_peer(tmp_path: Path) -> None:
+    found = results("sampler", videos_per_hour=180000.0, measured_share=0.1)
+    found["benchmarks"][1]["extra_info"]["provider"] = "ours_cached"
+    text = reported(found, tmp_path)
+    assert "| error | ours cached, s/video | vs planted |" in text
+    assert "| 1e-06 | 0.05 | WRONG |" in text
+
+
 def test_samplers_are_groups_of_their_own() -> None:
     (group,) = groups.groups(results("sampler", videos_per_hour=1.0, measured_share=0.5))
     assert group.suite is groups.SAMPLERS and SAMPLERS.names

@@ -158,3 +158,32 @@ def test_documents_name_shapes_that_exist() -> None:
     documents = [p for p in PROFILING.parent.glob("*/*.md") if "results" not in p.parts]
     named = {m for p in documents for m in re.findall(r"--shape (\w[\w.-]*)", p.read_text())}
     assert named and named <= known
+
+
+class Library:
+    """Stands for the nvtx package, or for PyTorch's part of it: notes what is called."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def get_domain(self, name: str) -> "Library":
+        self.calls.append(name)
+        return self
+
+    def get_event_attributes(self, message: str) -> str:
+        return message
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+@pytest.mark.parametrize("has_package", [True, False])
+def test_ranges_are_in_a_domain_where_there_is_nvtx(has_package: bool, monkeypatch) -> None:
+    library = Library()
+    monkeypatch.setitem(sys.modules, "nvtx", library if has_package else None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "nvtx", library)
+    with load("ranges").region("one"):  # a module of its own: the library is looked up once
+        pass
+    push, pop = ("push_range", "pop_range") if has_package else ("range_push", "range_pop")
+    assert library.calls == ["vidgen"] * has_package + [(push, "one"), (pop,)]
