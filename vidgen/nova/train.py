@@ -1,0 +1,56 @@
+"""`vidgen train nova`: on latents and the features of a language model, see `objective`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from vidgen.checkpoint import read_config, read_folder
+from vidgen.train import Run
+from vidgen.trainer import Recipe
+
+from .config import SPATIAL_ATTENTION, NovaConfig
+from .example import SMALL, example_model
+from .objective import NovaObjective
+from .schedules import FlowMatching, read_schedule
+from .training import freeze
+from .weights import load_transformer
+
+SUMMARY = "NOVA, text or class to image or video"
+RECIPE = Recipe(learning_rate=1e-4, batch_size=3, weight_decay=0.02)  # as released, of videos
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    group.description = (
+        "The checkpoint has the folders transformer and scheduler. A sample has latents "
+        "[C, T, h, w] and prompt_embeds.0 [n, D], or label [1] instead; flow [1] and fps [1] "
+        "where they are known."
+    )
+    group.add_argument(
+        "--spatial-attention",
+        choices=SPATIAL_ATTENTION,
+        help="within a frame, as released or set by set (default: as the checkpoint says)",
+    )
+    group.add_argument(
+        "--sets", type=int, default=64, help="of a frame, for set_causal (default: %(default)s)"
+    )
+
+
+def load(args: argparse.Namespace, run: Run) -> NovaObjective:
+    """What the released models were not trained in stays as it is. Errors: `load_transformer`."""
+    chosen = {} if args.spatial_attention is None else {"spatial_attention": args.spatial_attention}
+    if run.checkpoint is None:
+        raw, schedule = {**asdict(SMALL), **chosen}, FlowMatching()
+        model = example_model(NovaConfig.from_dict(raw), run.ops, seed=run.seed)
+        model.requires_grad_(True)
+    else:
+        folder = run.checkpoint / "scheduler"
+        schedule = read_schedule(read_config(folder, "scheduler_config.json"))
+        raw, state = read_folder(run.checkpoint / "transformer")
+        raw |= chosen
+        model = load_transformer(raw, state, run.ops)
+    freeze(model)
+    for encoder in (model.video_encoder, model.image_encoder):
+        encoder.gradient_checkpointing = run.gradient_checkpointing
+    options = {"dtype": run.dtype, "prompt_dropout": run.prompt_dropout}
+    return NovaObjective(model, raw, schedule, args.sets, **options)

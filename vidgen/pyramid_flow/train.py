@@ -1,0 +1,72 @@
+"""`vidgen train pyramid-flow`: on normalised latents and text features, see `objective`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from vidgen.checkpoint import read_folder
+from vidgen.train import Run
+from vidgen.trainer import Recipe
+
+from .example import example_model
+from .objective import PyramidFlowObjective
+from .random_weights import SMALL
+from .training import TrainingConfig
+from .weights import load_transformer
+
+SUMMARY = "Pyramid Flow, text to image or video"
+RECIPE = Recipe(  # as released
+    learning_rate=5e-5, batch_size=4, weight_decay=1e-4, max_norm=1.0, warmup_steps=1000
+)
+RATIOS = (1, 2, 1)
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    group.description = (
+        "A sample has latents [C, T, h, w], prompt.text [1, S, W], prompt.text_mask [1, S] and "
+        "prompt.pooled [1, P], and the same three of negative, for the empty prompt."
+    )
+    add = group.add_argument
+    add(
+        "--variant",
+        default="diffusion_transformer_768p",
+        metavar="FOLDER",
+        help="the transformer, a folder of the checkpoint (default: %(default)s)",
+    )
+    add(
+        "--ratios",
+        type=int,
+        nargs=3,
+        default=RATIOS,
+        metavar="N",
+        help="samples of each stage, lowest resolution first; processes have the same work where "
+        "the batch size is a multiple of their sum (default: 1 2 1)",
+    )
+    add("--frames-per-unit", type=int, default=1, help="latent frames (default: %(default)s)")
+    add(
+        "--full-sequence",
+        action="store_true",
+        help="all frames at once, each seeing all, instead of one after the other",
+    )
+
+
+def load(args: argparse.Namespace, run: Run) -> PyramidFlowObjective:
+    """Errors: `load_transformer`, and numbers out of range."""
+    ratios = tuple(args.ratios)
+    if min(ratios) < 0 or not any(ratios):
+        raise ValueError(f"ratios: expected numbers of at least 0, not all 0, got {list(ratios)}")
+    if args.frames_per_unit < 1:
+        raise ValueError(f"frames-per-unit: expected at least 1, got {args.frames_per_unit}")
+    per_unit = args.frames_per_unit
+    columns = TrainingConfig(ratios, frames_per_unit=per_unit, full_sequence=args.full_sequence)
+    if run.checkpoint is None:
+        raw = asdict(SMALL)
+        state = example_model(SMALL, run.ops, seed=run.seed).state_dict()
+    else:
+        raw, state = read_folder(run.checkpoint / args.variant, within="model")
+    options = {"use_gradient_checkpointing": run.gradient_checkpointing}
+    model = load_transformer(raw | options, state, run.ops)
+    return PyramidFlowObjective(
+        model, raw, columns, dtype=run.dtype, prompt_dropout=run.prompt_dropout
+    )

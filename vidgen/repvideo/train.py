@@ -1,0 +1,45 @@
+"""`vidgen train repvideo`: RepVideo or CogVideoX on latents and T5 features, see `objective`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from vidgen.train import Run
+from vidgen.trainer import Recipe
+
+from .generate import RANDOM
+from .objective import RepVideoObjective
+from .transformer import CogVideoXTransformer
+from .weights import load_pretrained
+
+SUMMARY = "RepVideo or CogVideoX, text to video"
+
+# The learning rate is RepVideo's (arXiv 2501.08994), which names AdamW and a sample to a GPU; the
+# rest is what the released code of CogVideoX is fine-tuned with.
+RECIPE = Recipe(learning_rate=1e-5, batch_size=1, weight_decay=1e-4, max_norm=0.1)
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    group.description = (
+        "The checkpoint is a SAT folder, or a pipeline or transformer of diffusers. A sample has "
+        "latents [T, C, h, w] and prompt_embeds [1, S, W]."
+    )
+    group.add_argument(
+        "--gates",
+        action="store_true",
+        help="give plain CogVideoX the gates of RepVideo, 0 at first, which changes nothing yet",
+    )
+
+
+def load(args: argparse.Namespace, run: Run) -> RepVideoObjective:
+    """Errors: `load_pretrained`, `RepVideoObjective`."""
+    if run.checkpoint is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            model = CogVideoXTransformer(RANDOM, run.ops)
+    else:
+        model = load_pretrained(run.checkpoint, run.ops, **({"gates": True} if args.gates else {}))
+    model.gradient_checkpointing = run.gradient_checkpointing
+    return RepVideoObjective(model, dtype=run.dtype, prompt_dropout=run.prompt_dropout)

@@ -1,0 +1,180 @@
+"""`vidgen train`: the reference models on latents and text features made beforehand.
+
+Started by torchrun (``torchrun --nproc-per-node 8 -m vidgen.cli train ...``) it trains in several
+processes. Every model has the same common options and adds its own in ``vidgen/<model>/train.py``;
+``vidgen/<model>/objective.py`` says what a sample is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .generate import add_model_arguments, read_device
+from .ops import OPS, Ops
+from .progress import SILENT, Bars
+from .samples import Samples
+from .trainer import Process, Recipe, Schedule, Trainer
+
+MODELS = {
+    "pyramid-flow": "vidgen.pyramid_flow.train",
+    "repvideo": "vidgen.repvideo.train",
+    "nova": "vidgen.nova.train",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROMPT_DROPOUT = 0.1  # of all three models
+
+
+class Run(NamedTuple):
+    """What the common options say of the model."""
+
+    checkpoint: Path | None  # None: random weights
+    ops: Ops
+    dtype: torch.dtype  # of autocast
+    seed: int
+    gradient_checkpointing: bool
+    prompt_dropout: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
+    for name, path in MODELS.items():
+        model = importlib.import_module(path)
+        own = models.add_parser(name, help=model.SUMMARY, description=model.SUMMARY)
+        add_common_arguments(own, model.RECIPE)
+        model.add_arguments(own.add_argument_group(name))
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    add_model_arguments(parser)
+    add = parser.add_argument
+    shown = "default: %(default)s"
+    add("--dtype", choices=sorted(DTYPES), help="of autocast (default: bf16 on a GPU, else fp32)")
+    add("--data", type=Path, metavar="DIR", required=True, help="safetensors, a sample in each")
+    add("--output", type=Path, metavar="DIR", required=True, help="a new folder")
+    add("--steps", type=int, default=1000, help=f"of the whole run ({shown})")
+    add("--batch-size", type=int, default=recipe.batch_size, help=f"of a process ({shown})")
+    add("--learning-rate", type=float, default=recipe.learning_rate, help=shown)
+    add("--weight-decay", type=float, default=recipe.weight_decay, help=shown)
+    add("--warmup-steps", type=int, default=recipe.warmup_steps, help=shown)
+    add(
+        "--max-gradient-norm",
+        type=float,
+        default=recipe.max_norm,
+        help=f"gradients above are scaled down, 0: none are ({shown})",
+    )
+    add(
+        "--prompt-dropout",
+        type=float,
+        default=PROMPT_DROPOUT,
+        help=f"share of samples that are trained without their prompt ({shown})",
+    )
+    add("--gradient-checkpointing", action="store_true", help="less memory for more time")
+    add("--save-every", type=int, default=500, metavar="N", help=f"steps ({shown})")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the output, with the same options",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; 0 when all steps are done, 1 where the request cannot be met."""
+    try:
+        _check(args)
+        with _process(args) as process:
+            _train(args, process)
+    except (OSError, ValueError) as problem:
+        sys.stderr.write(f"vidgen train: {problem}\n")
+        return 1
+    if process.rank == 0:
+        sys.stdout.write(f"{args.output}\n")
+    return 0
+
+
+def _train(args: argparse.Namespace, process: Process) -> None:
+    """The whole request is checked before the first step."""
+    model = importlib.import_module(MODELS[args.model])
+    on_gpu = process.device.type == "cuda"
+    run = Run(
+        args.checkpoint,
+        OPS[args.ops],
+        DTYPES[args.dtype or ("bf16" if on_gpu else "fp32")],
+        args.seed,
+        args.gradient_checkpointing,
+        args.prompt_dropout,
+    )
+    if process.rank == 0:
+        _check_output(args)
+    recipe = model.RECIPE._replace(
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        weight_decay=args.weight_decay,
+        max_norm=args.max_gradient_norm,
+        warmup_steps=args.warmup_steps,
+    )
+    with Bars() if process.rank == 0 else nullcontext(SILENT) as progress:
+        objective = model.load(args, run)
+        samples = Samples(
+            args.data,
+            objective.read,
+            same=objective.same if args.batch_size > 1 else (),
+            seed=args.seed,
+            progress=progress,
+        )
+        schedule = Schedule(args.steps, args.save_every, args.seed)
+        trainer = Trainer(objective, samples, recipe, schedule, args.output, process)
+        if args.resume:
+            trainer.resume()
+        elif process.rank == 0:
+            args.output.mkdir()
+        trainer.train(progress)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("warmup_steps", 0)):
+        if getattr(args, name) < least:
+            expected = f"expected at least {least}, got {getattr(args, name)}"
+            raise ValueError(f"{name.replace('_', '-')}: {expected}")
+    for name in ("learning_rate", "weight_decay", "max_gradient_norm"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            expected = f"expected a number of at least 0, got {getattr(args, name)}"
+            raise ValueError(f"{name.replace('_', '-')}: {expected}")
+    if not 0 <= args.prompt_dropout <= 1:
+        raise ValueError(f"prompt-dropout: expected 0 to 1, got {args.prompt_dropout}")
+    if args.checkpoint is not None and not args.checkpoint.is_dir():
+        raise ValueError(f"checkpoint: expected a folder, {args.checkpoint} is none")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if args.output.exists() and not args.resume:
+        raise ValueError(f"output: expected a new folder or --resume, {args.output} exists")
+    if not args.output.parent.is_dir():
+        raise ValueError(f"output: expected an existing folder, got {args.output.parent}")
+
+
+@contextmanager
+def _process(args: argparse.Namespace) -> Iterator[Process]:
+    """Which of torchrun's processes this is; each on a machine has a GPU of its own."""
+    device = read_device(args.device)
+    if not dist.is_torchelastic_launched():
+        yield Process(device)
+        return
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    try:
+        yield Process(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
