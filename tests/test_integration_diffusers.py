@@ -247,6 +247,17 @@ def test_rotary_tables_may_be_written_to() -> None:
 
 
 @portable_only
+def test_rotary_tables_may_take_turns() -> None:
+    """As those of two pipelines that share a model do."""
+    model, given = tiny(rope=True), inputs(rope=True)
+    cases = [{**given, "image_rotary_emb": tables(theta)} for theta in (10000, 50)]
+    expected = [output(model, case) for case in cases]
+    fuse(model)
+    for i in (0, 1, 0):
+        assert_near(output(model, cases[i]), expected[i])
+
+
+@portable_only
 def test_rotary_tables_that_are_none() -> None:
     cos, sin = tables()
     model = tiny(rope=True)

@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 
 import accelerate.hooks
 from diffusers.hooks import HookRegistry, ModelHook, apply_first_block_cache
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from tests.cogvideox import (
     CACHES,
@@ -76,6 +77,8 @@ def test_fused_qkv_projections(rope: bool, before: bool) -> None:
     assert_near(output(model, given), expected)
     handle.restore()
     assert all(x is processors[name] for name, x in model.attn_processors.items())
+    model.unfuse_qkv_projections()  # puts back what it found, of which nothing may be ours
+    assert {type(x) for x in model.attn_processors.values()} == {CogVideoXAttnProcessor2_0}
 
 
 @with_and_without_gates

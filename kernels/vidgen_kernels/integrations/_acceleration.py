@@ -49,6 +49,9 @@ class Acceleration:
         """The model as it was, but for what others have changed since. Again does nothing."""
         if self._is_active:
             self._uninstall()
+            kept = getattr(self.transformer, "original_attn_processors", None)
+            if kept is not None:  # by fuse_qkv_projections, which may be undone later
+                self.transformer.original_attn_processors = _exchanged(kept, self._fused, self._own)
             if self._plan.cache is not None:
                 delattr(self.transformer, CACHE)
             self._is_active = False
@@ -97,11 +100,8 @@ class Acceleration:
         self._exchange_processors(self._fused, self._own)
 
     def _exchange_processors(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        """Where someone has set another one since, that stays."""
         processors = self.transformer.attn_processors
-        self.transformer.set_attn_processor(
-            {name: new[name] if x is old[name] else x for name, x in processors.items()}
-        )
+        self.transformer.set_attn_processor(_exchanged(processors, old, new))
 
     @contextmanager
     def _gates_of_zero(self) -> Iterator[None]:
@@ -112,6 +112,13 @@ class Acceleration:
             yield
         finally:
             self._plan.cache = cache
+
+
+def _exchanged(
+    processors: dict[str, Any], old: dict[str, Any], new: dict[str, Any]
+) -> dict[str, Any]:
+    """Where someone has set another one since, that stays."""
+    return {name: new[name] if x is old[name] else x for name, x in processors.items()}
 
 
 @contextmanager

@@ -56,18 +56,23 @@ class RotaryAngles:
     """The angles that tables of cosines and sines stand for; kept for the next layer and step."""
 
     def __init__(self) -> None:
-        self._last: tuple[tuple, Tensor] | None = None
+        # tables, what tells whether they are as they were, angles
+        self._last: tuple[tuple[ref, ref], tuple, Tensor] | None = None
 
     def __call__(self, tables: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
         """``tables``: cos and sin [T, D], each value for two neighbouring columns. [T, D / 2]."""
         cos, sin = tables
         if torch.compiler.is_compiling():
             return _angles(cos, sin, like)
-        key = (ref(cos), ref(sin), _version(cos), _version(sin), like.device)
-        if self._last is None or self._last[0] != key or None in (key[0](), key[1]()):
-            with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training
-                self._last = key, _angles(cos, sin, like)
-        return self._last[1]
+        state = _version(cos), _version(sin), like.device
+        if self._last is not None:
+            (last_cos, last_sin), last_state, angles = self._last
+            if last_cos() is cos and last_sin() is sin and last_state == state:
+                return angles
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training
+            angles = _angles(cos, sin, like)
+        self._last = (ref(cos), ref(sin)), state, angles
+        return angles
 
     def __reduce__(self) -> tuple:
         """Copies and pickles begin with nothing kept."""
