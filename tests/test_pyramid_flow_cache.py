@@ -196,6 +196,10 @@ def test_the_estimate_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> N
     assert estimate == cache.estimate
     assert sum(x.numel() * x.itemsize for x in entries) == estimate.n_bytes > 0
     assert len(entries) == 4 and all(x.isfinite().all() for x in entries)
+    given = torch.randn(2, model.config.latent_channels, 5, 8, 8)
+    sample(model, text, config, given=given)  # nobody comes back to what one unit would leave
+    assert caches[1].estimate == estimate_cache(model, text, config, n_given=5)
+    assert caches[1].estimate.n_bytes == 0 and not caches[1]._entries
 
 
 @pytest.mark.portable_only

@@ -1,5 +1,6 @@
 """`vidgen generate pyramid-flow`: files in, files out, what it refuses."""
 
+import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from tests.text_encoders import write_flux
 from vidgen import cli
 from vidgen.media import fit, read_frames, write_frames
+from vidgen.pyramid_flow.generate import add_arguments, guidance_of
 from vidgen.pyramid_flow.pipeline import VAE_FOLDER, PyramidFlowPipeline
 from vidgen.pyramid_flow.random_weights import SMALL, SMALL_VAE, random_pipeline, random_prompts
 from vidgen.pyramid_flow.text import NEGATIVE_PROMPT, save_features
@@ -50,6 +52,18 @@ def test_text_to_video(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert "25 frames of 128 x 64" in out
     # four units are too few for frames of the highest stage to come again
     assert "cache of stages 0, 1:" in err and "MB of memory of the device" in err
+
+
+def test_guidance_as_asked_for() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_argument_group())
+    for options, scales in (
+        ([], [7.0, 5.0, 5.0]),
+        (["--image", "a.png", "--guidance", "3"], [3.0, 4.0, 4.0]),
+        (["--linear-guidance", "--guidance", "2.8"], [2.8, 2.3, 2.0]),
+    ):
+        guidance = guidance_of(parser.parse_args(options))
+        assert [guidance.scale(unit) for unit in range(3)] == pytest.approx(scales)
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:
@@ -138,15 +152,16 @@ def test_a_checkpoint_with_features(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--height", "100"], "height: expected a multiple of 64, got 100"),
-        (["--width", "-64"], "width: expected a multiple of 64, got -64"),
+        (["--width", "-64"], "width: expected at least 1, got -64"),
         (["--frames", "16"], "frames: expected 1 + 8 k, got 16"),
         (["--units", "0"], "units: expected at least 1, got 0"),
-        (["--steps", "0"], "first_steps: expected at least 1 step"),
+        (["--video-steps", "0"], "steps: expected at least 1 step"),
         (["--cache", "much"], "cache: expected off, stages01, all or a number of bytes, got much"),
         (["--cache", "-5"], "max_bytes: expected at least 0, got -5"),
         (["--tiling", "100"], "tile: expected a multiple of 32 pixels, got 100"),
         (["--image", "nowhere.png"], "input: expected a video or image file, nowhere.png does not"),
         (["--video", "clip.mp4", "--units", "2"], "units: expected more than the 2 given, got 2"),
+        (["--guidance", "nan"], "image guidance: expected a finite number, got nan"),
         (["--new-only"], "new-only: expected a clip in --video, got none"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

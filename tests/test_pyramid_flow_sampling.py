@@ -120,6 +120,10 @@ def test_scales_of_guidance() -> None:
     assert [linear.scale(u) for u in range(4)] == [3.0, 2.5, 2.0, 1.8]
     assert [Guidance(-1.0, 5.0, always=True).is_active(u) for u in range(2)] == [False, False]
     assert [Guidance(1.0, 5.0).is_active(u) for u in range(2)] == [False, True]
+    with pytest.raises(ValueError, match="video guidance: expected a finite number, got inf"):
+        Guidance(7.0, float("inf"))
+    with pytest.raises(ValueError, match="slope guidance: expected a finite number, got nan"):
+        LinearGuidance(float("nan"))
 
 
 @dataclass
@@ -257,3 +261,13 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make(model, config, **options)
+
+
+def test_nothing_is_drawn_for_a_bad_request() -> None:
+    """Checks come before the first random number."""
+    one_way, both_ways = tiny("flux"), tiny("flux", use_temporal_causal=False)
+    for model, cache in ((one_way, CachePolicy(stages=(3,))), (both_ways, CachePolicy())):
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match="expected"):
+            sample(model, PROMPTS, replace(VIDEO, cache=cache))
+        assert torch.equal(torch.get_rng_state(), state)

@@ -172,6 +172,19 @@ def test_inputs_and_targets_say_what_they_should(full_sequence: bool, per_unit: 
 
 
 @pytest.mark.portable_only
+def test_frames_that_fill_no_unit_are_left_out() -> None:
+    config, units = TrainingConfig((1, 1, 1), frames_per_unit=2), [9, 9, 9]
+    latents, _ = random_batch(3, 6)
+    draws = draw(latents, config, units, 1)
+    columns = training_columns(latents, draws, config, SCHEDULER, units, FUSED)
+    shorter = [drawn._replace(noise=drawn.noise[:, :, :5]) for drawn in draws]
+    expected = training_columns(latents[:, :, :5], shorter, config, SCHEDULER, units, FUSED)
+    for column, other in zip(columns, expected, strict=True):
+        for x, y in zip(column.clips, other.clips, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.portable_only
 def test_time_covers_the_stage() -> None:
     config = TrainingConfig((1, 1, 1))
     latents, _ = random_batch(6, 1)
@@ -249,6 +262,21 @@ def test_dropped_prompts_are_the_empty_one() -> None:
     for x, given, replacement in zip(dropped, conditions, empty, strict=True):
         assert torch.equal(x[1:3], given[1:3])
         assert (x[[0, 3]] == replacement).all()
+    with pytest.raises(ValueError, match=r"empty text: expected \[5, 10\] in a row, got \[1, 10\]"):
+        drop_prompts(conditions, empty._replace(text=torch.zeros(1, 1, 10)), drop)
+
+
+@pytest.mark.portable_only
+def test_no_mask_is_one_without_padding() -> None:
+    _, conditions = random_batch(2, 1)
+    short = Conditions(torch.zeros(1, 5, 10), torch.tensor([[1, 0, 0, 0, 0]]), torch.ones(1, 6))
+    drop = torch.tensor([True, False])
+    dropped = drop_prompts(conditions._replace(text_mask=None), short, drop)
+    assert dropped.text_mask.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    dropped = drop_prompts(conditions, short._replace(text_mask=None), drop)
+    assert dropped.text_mask.tolist() == [[1, 1, 1, 1, 1], conditions.text_mask[1].tolist()]
+    neither = (x._replace(text_mask=None) for x in (conditions, short))
+    assert drop_prompts(*neither, drop).text_mask is None
 
 
 @pytest.mark.portable_only
@@ -257,6 +285,8 @@ def test_column_tokens() -> None:
     config = TrainingConfig()
     for units, stage, expected in ((1, 0, 60), (1, 2, 960), (6, 1, 480 + 240), (16, 2, 2940)):
         assert column_tokens(48, 80, stage, units, config) == expected
+    whole = TrainingConfig(frames_per_unit=2, full_sequence=True)  # 7 frames of one size
+    assert column_tokens(48, 80, 1, 4, whole) == 7 * 240
 
 
 @pytest.mark.portable_only
@@ -334,7 +364,7 @@ def test_configs_that_are_not_built(bad: str) -> None:
 def test_configs() -> None:
     assert FluxConfig.from_dict(RAW) == CONFIG
     assert not FluxConfig.from_dict(RAW | {"use_flash_attn": True}).use_temporal_causal
-    assert MMDiTConfig.from_dict({}) == MMDiTConfig()
+    assert MMDiTConfig.from_dict({"use_t5_mask": False}) == MMDiTConfig()  # nothing reads it
     with pytest.raises(ValueError, match="temp_pos_embed_type: expected 'rope', got 'sincos'"):
         MMDiTConfig.from_dict({"temp_pos_embed_type": "sincos"})
     with pytest.raises(ValueError, match="caption_projection_dim: expected 1536, got 1152"):

@@ -441,12 +441,12 @@ def test_patches_come_back() -> None:
 
 @pytest.mark.portable_only
 @every_model
-def test_options_of_the_text_and_positions(name: str) -> None:
+def test_options_of_positions(name: str) -> None:
     inputs = random_inputs()
     if name == "mmdit":
         with torch.no_grad():
             base = tiny(name)(**inputs)
-            for option in ("use_t5_mask", "add_temp_pos_embed", "interp_condition_pos"):
+            for option in ("add_temp_pos_embed", "interp_condition_pos"):
                 pairs = [tiny(name, ops, **{option: False})(**inputs) for ops in (EAGER, FUSED)]
                 assert not torch.allclose(pairs[0][0], base[0])
                 assert_near(pairs[0][0], pairs[1][0])

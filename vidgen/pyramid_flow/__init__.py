@@ -13,7 +13,8 @@ Read in this order:
     sampling      from noise to latents; sampling_config, guidance and noise are its options,
                   sampling_run what lasts while a video is made
     kv_cache      keys and values that one unit leaves for the next
-    training      the objective; example builds a step of released size
+    training      the objective; example builds a step of released size, objective gives it
+                  batches of the command train
     latents, vae  pixels to latents and back
     weights       official checkpoints
     text          prompts to features; files of features

@@ -49,7 +49,7 @@ class FluxConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FluxConfig:
         """From the contents of a config.json; ValueError for an option that is not built."""
-        # The official model never reads the first two; `patch_size` only sizes its output layer.
+        # The official model never reads the first; `patch_size` only sizes its output layer.
         return _from_dict(cls, config, unused=("interp_condition_pos",), fixed={"patch_size": 1})
 
 
@@ -68,7 +68,6 @@ class MMDiTConfig:
     use_temporal_causal: bool = True
     add_temp_pos_embed: bool = True  # queries and keys turn with time
     interp_condition_pos: bool = True  # history at a lower resolution is where it is in the picture
-    use_t5_mask: bool = True  # padding of the text is not attended to
     use_gradient_checkpointing: bool = False
     gradient_checkpointing_ratio: float = 0.6
 
@@ -92,7 +91,8 @@ class MMDiTConfig:
             "caption_projection_dim": heads
             * config.get("attention_head_dim", cls.attention_head_dim),
         }
-        return _from_dict(cls, config, unused=("max_num_frames",), fixed=fixed)
+        # The official model never reads these: a mask of the text is used where there is one.
+        return _from_dict(cls, config, unused=("max_num_frames", "use_t5_mask"), fixed=fixed)
 
 
 def is_flux(config: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vidgen.generate import Run, Video
 from vidgen.media import IMAGES, fit, read_frames
 
-from .guidance import Guidance
+from .guidance import Guidance, LinearGuidance
 from .kv_cache import OFF, CacheEstimate, CachePolicy
 from .noise import DrawnNoise
 from .offload import Placement
@@ -20,6 +20,7 @@ from .pipeline import FPS, PyramidFlowPipeline
 from .random_weights import SMALL_SIZE, random_pipeline, random_prompts
 from .sampling import estimate_cache
 from .sampling_config import SamplingConfig
+from .sampling_run import check_prompts
 from .text import NEGATIVE_PROMPT, Prompts, prompts_of
 
 SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a video to video"
@@ -60,6 +61,11 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add("--video-steps", type=int, default=10, help="per stage of all others (default: 10)")
     add("--guidance", type=float, default=7.0, help="of the first unit, 1: none (default: 7)")
     add("--video-guidance", type=float, help="of all others (default: 5, after given frames 4)")
+    add(
+        "--linear-guidance",
+        action="store_true",
+        help="from --guidance of the first unit down by 0.5 with each unit, to 2 at last",
+    )
     add(
         "--cache",
         default="16e9",
@@ -114,13 +120,14 @@ def generate(args: argparse.Namespace, run: Run) -> Video:
         n_units=_count_units(args),
         first_steps=(args.steps,) * 3,
         steps=(args.video_steps,) * 3,
-        guidance=_guidance(args),
+        guidance=guidance_of(args),
         cache=policy,
     )
     if n_given >= config.n_units:
         raise ValueError(f"units: expected more than the {n_given} given, got {config.n_units}")
     prompts = _prompts(pipeline, run)
-    _report_cache(estimate_cache(pipeline.transformer, prompts, config), policy)
+    check_prompts(prompts, config, n_given)
+    _report_cache(estimate_cache(pipeline.transformer, prompts, config, n_given), policy)
     tile = args.tiling or (LOW_MEMORY_TILE if args.low_memory else None)
     latents = None
     if given is not None:
@@ -151,9 +158,10 @@ def _pipeline(args: argparse.Namespace, run: Run) -> PyramidFlowPipeline:
     )
 
 
-def _guidance(args: argparse.Namespace) -> Guidance:
+def guidance_of(args: argparse.Namespace) -> Guidance:
     released = 4.0 if args.image or args.video else 5.0
-    return Guidance(args.guidance, released if args.video_guidance is None else args.video_guidance)
+    video = released if args.video_guidance is None else args.video_guidance
+    return Guidance(args.guidance, video, LinearGuidance() if args.linear_guidance else None)
 
 
 def _report_cache(estimate: CacheEstimate, policy: CachePolicy) -> None:

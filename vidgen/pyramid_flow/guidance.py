@@ -7,6 +7,7 @@ as in arXiv 2207.12598, with g of its own for the first unit, an image, and for 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,6 +17,9 @@ class LinearGuidance:
 
     slope: float = 0.5
     minimum: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_finite(slope=self.slope, minimum=self.minimum)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Guidance:
     video: float = 5.0  # of all others; the released code takes 4 where it continues an image
     linear: LinearGuidance | None = None  # takes the place of both
     always: bool = False  # both prompts also where the scale is 1, as the released code runs
+
+    def __post_init__(self) -> None:
+        _check_finite(image=self.image, video=self.video)
 
     def scale(self, unit: int) -> float:
         """g of a unit."""
@@ -45,3 +52,9 @@ class Guidance:
     @property
     def is_off(self) -> bool:
         return self.linear is None and self.image <= 0
+
+
+def _check_finite(**scales: float) -> None:
+    for name, x in scales.items():
+        if not math.isfinite(x):
+            raise ValueError(f"{name} guidance: expected a finite number, got {x}")

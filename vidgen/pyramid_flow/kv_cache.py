@@ -51,9 +51,12 @@ class CacheSizes:
     n_units: int
     frames_per_unit: int
     dtype: torch.dtype
+    n_given: int = 0  # units that are not made
 
     def capacity(self, stage: int) -> int:
         """Tokens that the last unit finds in the cache; 0: nothing is ever found."""
+        if self.n_units - self.n_given < 2:
+            return 0
         n_frames = settled_frames(self.n_units - 1, stage, self.frames_per_unit)
         return self.text_length + n_frames * self.frame_tokens if n_frames else 0
 

@@ -99,7 +99,3 @@ class PyramidDiffusionMMDiT(PyramidTransformer):
     def checkpoints(self, index: int, n_blocks: int) -> bool:
         """The last blocks."""
         return index >= int(n_blocks * self.config.gradient_checkpointing_ratio)
-
-    @property
-    def uses_text_mask(self) -> bool:
-        return self.config.use_t5_mask

@@ -84,10 +84,16 @@ def sample(
 
 
 def estimate_cache(
-    model: PyramidTransformer, text: Prompts | TextFeatures, config: SamplingConfig
+    model: PyramidTransformer,
+    text: Prompts | TextFeatures,
+    config: SamplingConfig,
+    n_given: int = 0,
 ) -> CacheEstimate:
-    """Bytes that `sample` will take for keys and values, before it takes them."""
-    return plan(config.cache, cache_sizes(model, _prompts(text), config))
+    """Bytes that `sample` will take for keys and values, before it takes them.
+
+    ``n_given``: how many units are given.
+    """
+    return plan(config.cache, cache_sizes(model, _prompts(text), config, n_given))
 
 
 def _prompts(text: Prompts | TextFeatures) -> Prompts:

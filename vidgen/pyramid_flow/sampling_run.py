@@ -23,10 +23,13 @@ from .text import Prompts, TextFeatures
 from .transformer import EmbeddedText, PyramidTransformer
 
 
-def cache_sizes(model: PyramidTransformer, text: Prompts, config: SamplingConfig) -> CacheSizes:
+def cache_sizes(
+    model: PyramidTransformer, text: Prompts, config: SamplingConfig, n_given: int = 0
+) -> CacheSizes:
+    """For a video of which the first ``n_given`` units are given."""
     n_prompts, text_length = text.prompt.features.shape[:2]
     height, width = config.frame_size(0)
-    guided = any(config.guidance.is_active(unit) for unit in range(1, config.n_units))
+    guided = any(config.guidance.is_active(unit) for unit in range(max(n_given, 1), config.n_units))
     return CacheSizes(
         n_blocks=model.n_blocks,
         n_rows=n_prompts * (2 if guided else 1),
@@ -38,7 +41,25 @@ def cache_sizes(model: PyramidTransformer, text: Prompts, config: SamplingConfig
         n_units=config.n_units,
         frames_per_unit=config.frames_per_unit,
         dtype=next(model.parameters()).dtype,
+        n_given=n_given,
     )
+
+
+def check_prompts(text: Prompts, config: SamplingConfig, n_given: int = 0) -> None:
+    """ValueError unless these are enough to go on after ``n_given`` units."""
+    prompt, negative = text
+    if negative is None:
+        if any(config.guidance.is_active(unit) for unit in range(n_given, config.n_units)):
+            raise ValueError("text: expected negative prompts for guidance, got none")
+        return
+    for name, own, other in zip(TextFeatures._fields, prompt, negative, strict=True):
+        if (own is None) != (other is None):
+            raise ValueError(f"{name}: expected of both prompts or of neither, got one")
+        if own is None or other is None:
+            continue
+        if other.shape[1:] != own.shape[1:] or len(other) not in (1, len(own)):
+            expected = f"{list(own.shape)} as the prompts have, or one row"
+            raise ValueError(f"negative {name}: expected {expected}, got {list(other.shape)}")
 
 
 class Run:
@@ -63,7 +84,13 @@ class Run:
         self.noise = DrawnNoise(dtype=self.latent_dtype) if noise is None else noise
         self.n_prompts = len(text.prompt.features)
         self.n_given = self._check_given(given)
-        self._check_text()
+        check_prompts(text, config, self.n_given)
+        sizes = cache_sizes(model, text, config, self.n_given)
+        self.cache = KVCache(config.cache, sizes, self.device)
+        if self.cache.estimate.stages and not model.config.use_temporal_causal:
+            raise ValueError(
+                "cache: expected a model with causal attention, got one whose frames see later ones"
+            )
 
         scheduler = config.scheduler
         outer = self.n_prompts, model.config.latent_channels, config.n_frames
@@ -78,14 +105,8 @@ class Run:
             self._write(range(n_given_frames), self._on_device(given))
         self.noise_frames = self._lowest_noise((*outer, *config.size))
         self.n_given_frames = n_given_frames
-        sizes = cache_sizes(model, text, config)
-        self.cache = KVCache(config.cache, sizes, self.device)
         # {(stage, whether guided): {step: condition}}, the same for all units but the first
         self.conditions: dict[tuple[int, bool], dict[int, Condition]] = {}
-        if self.cache.estimate.stages and not model.config.use_temporal_causal:
-            raise ValueError(
-                "cache: expected a model with causal attention, got one whose frames see later ones"
-            )
 
     def start(self, unit: int) -> Tensor:
         """Noise of a unit at the lowest resolution."""
@@ -186,22 +207,6 @@ class Run:
                 f"n_units: expected more than the {n_given} given, got {config.n_units}"
             )
         return n_given
-
-    def _check_text(self) -> None:
-        prompt, negative = self.text
-        units = range(self.n_given, self.config.n_units)
-        if negative is None:
-            if any(self.config.guidance.is_active(unit) for unit in units):
-                raise ValueError("text: expected negative prompts for guidance, got none")
-            return
-        for name, own, other in zip(TextFeatures._fields, prompt, negative, strict=True):
-            if (own is None) != (other is None):
-                raise ValueError(f"{name}: expected of both prompts or of neither, got one")
-            if own is None or other is None:
-                continue
-            if other.shape[1:] != own.shape[1:] or len(other) not in (1, len(own)):
-                expected = f"{list(own.shape)} as the prompts have, or one row"
-                raise ValueError(f"negative {name}: expected {expected}, got {list(other.shape)}")
 
 
 @dataclass(frozen=True)

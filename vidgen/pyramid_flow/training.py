@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vidgen.ops import Ops
 
-from .history import HistoryClip, count_units, history_layout, unit_frames
+from .history import HistoryClip, history_layout, unit_frames
 from .scheduler import PyramidFlowScheduler
 from .transformer import PyramidTransformer
 
@@ -130,7 +130,8 @@ def training_columns(
 
     Args:
         units: how many units of the video each stage trains on (`history.training_units`); more
-            than there are mean all. Not read for the full sequence.
+            than there are mean all; frames that fill no unit are left out. Not read for the full
+            sequence.
     """
     columns = zip(config.stages, _by_column(latents, config), draws, strict=True)
     return [
@@ -205,17 +206,35 @@ def drop_prompts(conditions: Conditions, empty: Conditions, drop: Tensor) -> Con
 
     The released models were trained with one in ten dropped.
     """
+    for name, x, own in (
+        ("text", empty.text, conditions.text),
+        ("pooled", empty.pooled, conditions.pooled),
+    ):
+        if x.shape[1:] != own.shape[1:]:
+            expected, got = list(own.shape[1:]), list(x.shape[1:])
+            raise ValueError(f"empty {name}: expected {expected} in a row, got {got}")
+    mask = None
+    if conditions.text_mask is not None or empty.text_mask is not None:
+        mask = torch.where(drop[:, None], _text_mask(empty), _text_mask(conditions))
     text = torch.where(drop[:, None, None], empty.text, conditions.text)
-    mask = conditions.text_mask
-    if mask is not None and empty.text_mask is not None:
-        mask = torch.where(drop[:, None], empty.text_mask, mask)
     return Conditions(text, mask, torch.where(drop[:, None], empty.pooled, conditions.pooled))
+
+
+def _text_mask(conditions: Conditions) -> Tensor:
+    """``[N, S]``; ones where there is no padding."""
+    if conditions.text_mask is not None:
+        return conditions.text_mask
+    text = conditions.text
+    return torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
 
 
 def column_tokens(height: int, width: int, stage: int, n_units: int, config: TrainingConfig) -> int:
     """Video tokens of a sample of latent ``height`` x ``width`` in a column, for `balance`."""
-    clips = history_layout(n_units - 1, stage, config.frames_per_unit)
-    clips.append(HistoryClip(stage, unit_frames(n_units - 1, config.frames_per_unit)))
+    made = unit_frames(n_units - 1, config.frames_per_unit)
+    clips = [HistoryClip(stage, range(made.stop))]
+    if not config.full_sequence:
+        history = history_layout(n_units - 1, stage, config.frames_per_unit)
+        clips = [*history, HistoryClip(stage, made)]
     sides = [2 * 2 ** (config.n_stages - 1 - clip.level) for clip in clips]
     return sum(
         len(clip.frames) * (height // side) * (width // side)
@@ -257,7 +276,7 @@ def _time(scheduler: PyramidFlowScheduler, stage: int, uniform: Tensor) -> tuple
 
 
 def _last_unit(n_units: int, n_frames: int, config: TrainingConfig) -> int:
-    return min(n_units, count_units(n_frames, config.frames_per_unit)) - 1
+    return min(n_units, 1 + (n_frames - 1) // config.frames_per_unit) - 1
 
 
 def _by_column(latents: Tensor, config: TrainingConfig) -> list[Tensor]:

@@ -148,7 +148,6 @@ class PyramidTransformer(nn.Module):
         """Mask and positions of a call; arguments and errors as those of `forward`."""
         grids = grids_of(columns, self.config.latent_channels)
         causal = self.config.use_temporal_causal if causal is None else causal
-        text_mask = text_mask if self.uses_text_mask else None
         packing = pack(grids, len(columns[0][0]), text, text_mask, causal, len(self.axes))
         return replace(packing, embeddings=self.embed_places(grids))
 
@@ -174,17 +173,13 @@ class PyramidTransformer(nn.Module):
             column,
             len(text),
             text,
-            text_mask if self.uses_text_mask else None,
+            text_mask,
             causal=self.config.use_temporal_causal,
             n_axes=len(self.axes),
             past_frames=past_frames,
             only_current=only_current,
         )
         return replace(packing, embeddings=self.embed_places(packing.columns))
-
-    @property
-    def uses_text_mask(self) -> bool:
-        return True
 
     def read_out(self, current: Stream, c: Tensor | Condition, packing: Packing) -> list[Tensor]:
         scale, shift = self.norm_out(c, len(packing.columns))
