@@ -54,6 +54,7 @@ IN_FP64 = ("segment_n6", "qk_norm_rope_joint", "renoise_drawn", "dpm_step")
 OTHER_ROWS = {
     "residual_norm_affine": [{"hidden": 1024}],
     "post_norm": [{"hidden": 3072}, {"hidden": 8192}],
+    "post_norm_adaln": [{"hidden": 1024}, {"hidden": 3072}],
     "qk_norm_rope_joint": [
         {"hidden": 1536, "head_dim": d, "axes": (d // 4, 3 * d // 8, 3 * d // 8)}
         for d in (96, 128, 256)

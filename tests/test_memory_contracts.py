@@ -99,6 +99,20 @@ def test_forward_mode_is_refused(case: MemoryCase) -> None:
             torch.func.jvp(call, (leaf.detach(),), (torch.ones_like(leaf),))
 
 
+@pytest.mark.portable_only  # refused before a path is taken
+@every_case
+def test_vmap_is_refused(case: MemoryCase) -> None:
+    inputs = case.inputs(torch.float32, "cpu")
+    leaf = leaves_of(inputs)[0]
+
+    def call(x: Tensor):
+        changed = tree_map_only(Tensor, lambda y: x if y is leaf else y.detach(), inputs)
+        return tuple(y for y in case.call(FUSED, changed) if y is not None)
+
+    with pytest.raises(NotImplementedError, match=r"vidgen::.*vmap"):
+        torch.func.vmap(call)(torch.stack([leaf.detach()] * 2))
+
+
 @every_case
 def test_inputs_are_not_written(case: MemoryCase) -> None:
     inputs = case.inputs(torch.float32, "cpu")
@@ -175,7 +189,12 @@ def test_new_sizes_hardly_ever_recompile(case: MemoryCase) -> None:
 
 
 # What feeds a matrix product has the dtype that autocast asks for, all else that of the input.
-FEEDS_A_PRODUCT = {"residual_norm": [-1], "segment": [1], "qk_norm_rope": [0, 1, 2]}
+FEEDS_A_PRODUCT = {
+    "post_norm_adaln": [1],
+    "qk_norm_rope": [0, 1, 2],
+    "residual_norm": [-1],
+    "segment": [1],
+}
 
 
 @every_case
@@ -190,6 +209,22 @@ def test_autocast(case: MemoryCase) -> None:
     assert [y.dtype for y in outputs] == expected
     for a, b in zip(outputs, plain, strict=False):
         torch.testing.assert_close(a.float(), b, atol=4e-3, rtol=2e-3)
+
+
+@every_case
+def test_a_backward_in_autocast_is_as_exact(case: MemoryCase) -> None:
+    inputs = case.inputs(torch.float32, "cpu")
+    outputs = [y for y in outputs_of(case, inputs) if y.requires_grad]
+    upstream, leaves = upstream_of(outputs), leaves_of(inputs)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, leaves, upstream, retain_graph=True, materialize_grads=True
+        )
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradients()
+    assert all(map(torch.equal, inside, gradients()))
 
 
 @every_case

@@ -6,6 +6,7 @@ from .interval_attention import interval_attention
 from .intervals import IntervalMask
 from .norms import Modulation, residual_norm
 from .post_norm import post_norm_residual
+from .post_norm_adaln import post_norm_adaln
 from .pyramid import block_noise, downsample, renoise_coefficients, upsample_renoise
 from .rope import QKVStream, qk_norm_rope
 from .sampler import ddim_step, dpm_step, euler_step
@@ -25,6 +26,7 @@ __all__ = [
     "dpm_step",
     "euler_step",
     "interval_attention",
+    "post_norm_adaln",
     "post_norm_residual",
     "qk_norm_rope",
     "renoise_coefficients",

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .front_door import prepare, resolve_scale
+from .front_door import check_tensor, prepare, resolve_scale
 from .interval_attention import backward_op, forward_op, interval_attention, register_autograd
 from .intervals import BlockLengths, IntervalMask, check_ranks, sorted_ranks
 from .portable import attention as portable
@@ -87,6 +87,7 @@ def block_causal_attention(
     The rest, returns and errors: `interval_attention`. A mask built once with
     `IntervalMask.block_causal` saves the metadata work of every further layer.
     """
+    check_tensor("q", q)  # whose device the mask is put on
     mask = IntervalMask.block_causal(
         block_lengths, window=window, sink_blocks=sink_blocks, device=q.device
     )

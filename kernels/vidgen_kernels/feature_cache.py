@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .front_door import check_tensor
+from .front_door import DTYPES, check_number, check_tensor, is_int_or_symbol
 from .norms import NORMS, Cached, Modulation, check_like, run
 
 WINDOW = 6
@@ -127,7 +127,7 @@ def segment(
 
 
 def _check_count(n: int, total: Tensor | None, older: Sequence[Tensor]) -> int:
-    if n < 1:
+    if not is_int_or_symbol(n) or n < 1:
         raise ValueError(f"n: expected at least 1 entry, got {n}")
     if n > 1 and total is None and not older:
         raise ValueError(f"total: expected the sum of {n - 1} older entries, or these, got None")
@@ -151,8 +151,9 @@ def _cached(
         raise ValueError(f"gate: expected one element, got shape {list(gate.shape)}")
     for i, entry in enumerate(older):
         check_like(f"older[{i}]", entry, y)
-    if not sum_dtype.is_floating_point:
-        raise ValueError(f"sum_dtype: expected a floating-point dtype, got {sum_dtype}")
+    if sum_dtype not in DTYPES:
+        wanted = ", ".join(map(str, DTYPES))
+        raise ValueError(f"sum_dtype: expected one of {wanted}, got {sum_dtype}")
     sum_dtype = torch.promote_types(sum_dtype, y.dtype)
     if total is None:
         return Cached(gate, n, list(older), [], sum_dtype, keep_sum)
@@ -185,9 +186,11 @@ class CacheWindow:
     def __init__(
         self, gates: Tensor, window: int = WINDOW, sum_dtype: torch.dtype = torch.float32
     ) -> None:
+        if not isinstance(gates, Tensor):
+            raise ValueError(f"gates: expected a tensor, got {type(gates).__name__}")
         if gates.ndim != 1 or len(gates) == 0:
             raise ValueError(f"gates: expected shape [layers], got {list(gates.shape)}")
-        if window < 1:
+        if not is_int_or_symbol(window) or window < 1:
             raise ValueError(f"window: expected at least 1 layer, got {window}")
         self.gates, self.window, self.sum_dtype = gates, window, sum_dtype
         self.reset()
@@ -296,9 +299,11 @@ class FeatureCache(nn.Module):
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
+        if not is_int_or_symbol(num_layers) or num_layers < 1:
             raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-        gates = torch.full((num_layers,), 0.5 if gate is None else gate)
+        if gate is not None:
+            check_number("gate", gate)
+        gates = torch.full((num_layers,), 0.5 if gate is None else float(gate))
         if gate is None:
             self.gates = nn.Parameter(gates)
         else:

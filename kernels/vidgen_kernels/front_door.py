@@ -1,6 +1,7 @@
 """What public functions do with their arguments before an operator sees them."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ MAX_HEAD_DIM = 256
 def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in the dtype that autocast asks for; ValueError unless the kernels take them."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, None if name == "q" else ("q", q))
         if x.ndim != 4:
             raise ValueError(f"{name}: expected shape [B, H, T, D], got {list(x.shape)}")
-        check_tensor(name, x, None if name == "q" else ("q", q))
         check_last_dim(name, x)
     n_batch, n_heads, _, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -60,9 +61,22 @@ def check_video(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) ->
         raise ValueError(f"{name}: expected shape [B, C, T, H, W], got {list(x.shape)}")
 
 
+def is_int(x: Any) -> bool:
+    """True for integers, NumPy's too, not for bools and tensors; not for tracers."""
+    return hasattr(x, "__index__") and not isinstance(x, (bool, Tensor))
+
+
+def is_int_or_symbol(x: Any) -> bool:
+    """`is_int`, and under torch.compile whatever may be one."""
+    if torch.compiler.is_compiling():
+        return not isinstance(x, (float, Tensor))
+    return is_int(x)
+
+
 def check_number(name: str, x: float, low: float = -math.inf, high: float = math.inf) -> None:
     """ValueError unless ``x`` is a finite number from ``low`` to ``high``."""
-    if isinstance(x, Tensor) or not (low <= x <= high and abs(x) < math.inf):
+    is_number = torch.compiler.is_compiling() or hasattr(x, "__float__")
+    if isinstance(x, Tensor) or not (is_number and low <= x <= high and abs(x) < math.inf):
         got = "a tensor" if isinstance(x, Tensor) else x
         raise ValueError(f"{name}: expected a finite number from {low} to {high}, got {got}")
 
@@ -83,6 +97,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
     """Default and sign: kernels scale after the maximum, so what is not positive goes into q."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"softmax_scale: expected a finite number, got {scale}")
     return (q, scale) if scale > 0 else (q * scale, 1.0)
 
 

@@ -72,6 +72,13 @@ def _load_tile(ptrs, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MASK: tl.
 
 
 @triton.jit
+def _load_rows(ptr, offs_t, n_tokens, MASK: tl.constexpr):
+    """A number per row, 0 past ``n_tokens``: what is left unsaid may be NaN, also times 0."""
+    mask = offs_t < n_tokens if MASK else None
+    return tl.load(ptr + offs_t, mask=mask, other=0.0 if MASK else None)
+
+
+@triton.jit
 def _store_tile(ptrs, x, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr):
     mask = (offs_t < n_tokens)[:, None] & (offs_d < HEAD_DIM)[None, :]
     tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
@@ -284,9 +291,8 @@ def _dkdv_tile(
     do = _load_tile(
         do_ptrs + start.to(tl.int64) * stride_dot, query, n_queries, offs_d, HEAD_DIM, MASK
     )
-    in_range = query < n_queries if MASK else None
-    lse2 = tl.load(lse2_ptr + query, mask=in_range)
-    delta = tl.load(delta_ptr + query, mask=in_range)
+    lse2 = _load_rows(lse2_ptr, query, n_queries, MASK)
+    delta = _load_rows(delta_ptr, query, n_queries, MASK)
     kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
     p = tl.exp2(kq * scale - lse2[None, :])
     if MASK:

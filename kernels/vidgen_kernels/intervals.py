@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .front_door import is_int
 from .runs import Runs, concatenate, on_host, require
 
 MAX_TOKENS = 2**31 - 1  # positions are int32
@@ -99,7 +100,7 @@ class IntervalMask:
         """
         _check_window(window, sink_blocks)
         n_blocks = _count("block_lengths", block_lengths)
-        if not _is_int(first_noisy) or not 0 <= first_noisy <= n_blocks:
+        if not is_int(first_noisy) or not 0 <= first_noisy <= n_blocks:
             raise ValueError(f"first_noisy: expected a block in 0..{n_blocks}, got {first_noisy!r}")
         lengths = {"block_lengths": block_lengths}
         return _build(_teacher_forcing, lengths, (window, sink_blocks, first_noisy), device)
@@ -289,7 +290,7 @@ def check_ranks(name: str, rank: Tensor) -> Tensor:
     """``rank`` as int64 ``[B or 1, T]``, or a ValueError."""
     if not isinstance(rank, Tensor):
         raise ValueError(f"{name}: expected an integer tensor, got {type(rank).__name__}")
-    if rank.dtype.is_floating_point or rank.dtype.is_complex or rank.dtype == torch.bool:
+    if not _is_integral(rank.dtype):
         raise ValueError(f"{name}: expected integers, got {rank.dtype}")
     if rank.ndim not in (1, 2):
         raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(rank.shape)}")
@@ -441,7 +442,7 @@ def _as_tensor(name: str, lengths: BlockLengths, device: torch.device) -> Tensor
     if not isinstance(lengths, Tensor):
         values = torch.tensor(_as_lengths(name, lengths), dtype=torch.int64, device="cpu")
         return values.to(device, non_blocking=True)
-    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+    if not _is_integral(lengths.dtype):
         raise ValueError(f"{name}: expected integers, got {lengths.dtype}")
     if lengths.device != device:
         raise ValueError(f"{name}: expected device {device}, got {lengths.device}")
@@ -453,7 +454,7 @@ def _as_lengths(name: str, lengths: Sequence[int]) -> list[int]:
     if torch.compiler.is_compiling():  # they may be symbols there
         return [*lengths]
     for n in lengths:
-        if not _is_int(n):
+        if not is_int(n):
             raise ValueError(f"{name}: expected integers, got {n!r}")
         if n < 0:
             raise ValueError(f"{name}: expected no negative number, got {n}")
@@ -480,16 +481,16 @@ def _are_same(q_lengths: BlockLengths, k_lengths: BlockLengths) -> bool:
     return [int(n) for n in q_lengths] == [int(n) for n in k_lengths]
 
 
-def _is_int(x) -> bool:
-    return hasattr(x, "__index__") and not isinstance(x, (bool, Tensor))
+def _is_integral(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _check_window(window: int | None, sink_blocks: int) -> None:
     if torch.compiler.is_compiling():
         return
-    if window is not None and (not _is_int(window) or window < 1):
+    if window is not None and (not is_int(window) or window < 1):
         raise ValueError(f"window: expected None or at least 1 block, got {window!r}")
-    if not _is_int(sink_blocks) or sink_blocks < 0:
+    if not is_int(sink_blocks) or sink_blocks < 0:
         raise ValueError(f"sink_blocks: expected 0 or more, got {sink_blocks!r}")
 
 

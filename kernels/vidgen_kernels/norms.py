@@ -10,13 +10,20 @@ a list of the operator holds the vectors of the other tokens, then those of the 
 Shapes: x, f, h, a [B, T, D]; weight, bias [D]; gate, scale, shift as `Modulation` says.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configs import ROW_WISE
-from .front_door import autocast_dtype, check_last_dim, check_tensor, refuse_tangents
+from .front_door import (
+    autocast_dtype,
+    check_last_dim,
+    check_tensor,
+    is_int_or_symbol,
+    refuse_tangents,
+)
 from .portable import norms as portable
 from .registration import define_op, refuse_double_backward
 from .residual_norm import empty_bwd, empty_fwd, given, launch_bwd, launch_fwd
@@ -259,16 +266,13 @@ def _prepare(
         raise ValueError("gate: expected None without f, got a tensor")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
-            check_tensor(name, vector, ("x", x))
-            if vector.shape != x.shape[2:]:
-                raise ValueError(f"{name}: expected shape [{x.shape[2]}], got {list(vector.shape)}")
-            check_last_dim(name, vector)
+            check_columns(name, vector, x)
     if norm not in ("", *NORMS):
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm}")
-    if norm and not eps > 0:
-        raise ValueError(f"eps: expected more than 0, got {eps}")
+    if norm and not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a finite number above 0, got {eps}")
     n_tokens = x.shape[1]
-    if not 0 <= text_length <= n_tokens:
+    if not is_int_or_symbol(text_length) or not 0 <= text_length <= n_tokens:
         raise ValueError(f"text_length: expected 0 to {n_tokens} tokens, got {text_length}")
     if text is None and text_length != 0:
         raise ValueError(f"text: expected a Modulation for {text_length} text tokens, got None")
@@ -302,6 +306,14 @@ def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
             f"{name}: expected shape {list(x.shape)} as x has, got {list(tensor.shape)}"
         )
     check_last_dim(name, tensor)
+
+
+def check_columns(name: str, vector: Tensor, x: Tensor) -> None:
+    """ValueError unless ``vector`` is [D], as the rows of ``x`` are long."""
+    check_tensor(name, vector, ("x", x))
+    if vector.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected shape [{x.shape[-1]}], got {list(vector.shape)}")
+    check_last_dim(name, vector)
 
 
 def as_vectors(name: str, v: Tensor, x: Tensor, n_tokens: int) -> Tensor:

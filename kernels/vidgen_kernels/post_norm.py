@@ -21,6 +21,8 @@ NOVA (arXiv 2412.14169): ``x + LN(f)`` in its transformers, with a gate per toke
 MLP, where the gate is a third of a projection and read in place.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,7 @@ from ._triton import (
 )
 from .configs import ROW_WISE, lookup_rows
 from .front_door import check_last_dim, check_tensor, refuse_tangents
-from .norms import NORMS, as_vectors, check_like, expand_vectors
+from .norms import NORMS, as_vectors, check_columns, check_like, expand_vectors
 from .portable import post_norm as portable
 from .portable.post_norm import empty_bwd, empty_fwd
 from .registration import define_op, refuse_double_backward
@@ -48,7 +50,7 @@ SIZES = ("n_batch", "n_tokens")  # compiled once for all of them
 
 
 @triton.jit
-def _rows_of_program(pid, n_tokens, ROWS: tl.constexpr, TILES: tl.constexpr):
+def rows_of_program(pid, n_tokens, ROWS: tl.constexpr, TILES: tl.constexpr):
     """Batch row, first row of it and end."""
     n_chunks = tl.cdiv(n_tokens, ROWS * TILES)
     first = (pid % n_chunks) * ROWS * TILES
@@ -65,7 +67,7 @@ def _post_norm_fwd_kernel(
     IS_RMS: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    batch, first, end = _rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
+    batch, first, end = rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
     cols = tl.arange(0, BLOCK_D)[None, :]
     is_col = cols < D
     weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
@@ -99,7 +101,7 @@ def _post_norm_bwd_kernel(
 ):  # fmt: skip
     """dn is do times the gate of the token, or do where the rows of a program share their gate."""
     pid = tl.program_id(0)
-    batch, first, end = _rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
+    batch, first, end = rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
     cols = tl.arange(0, BLOCK_D)[None, :]
     is_col = cols < D
     weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
@@ -147,7 +149,7 @@ def _launch_fwd(
     n_programs = len(x) * -(-x.shape[1] // (config.rows * config.tiles))
     if n_programs:
         _post_norm_fwd_kernel[(n_programs,)](
-            x, f, gate, weight, bias, out, stats, *map(_strides, (x, f, gate)),
+            x, f, gate, weight, bias, out, stats, *map(strides_of, (x, f, gate)),
             len(x), x.shape[1], eps,
             **_constants(x, f, gate, norm), **config.kwargs(),
         )  # fmt: skip
@@ -172,7 +174,7 @@ def _launch_bwd(
     if len(f) * n_chunks:
         _post_norm_bwd_kernel[(len(f) * n_chunks,)](
             do, f, stats, gate, weight, bias, given(df), given(dgate), partials,
-            *map(_strides, (do, f, gate)), len(f), f.shape[1],
+            *map(strides_of, (do, f, gate)), len(f), f.shape[1],
             **_constants(do, f, gate, norm), **config.kwargs(),
         )  # fmt: skip
     if partials is not None:
@@ -180,7 +182,7 @@ def _launch_bwd(
     return df, dgate, sums
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
+def strides_of(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
 
@@ -278,14 +280,11 @@ def post_norm_residual(
     n_cols = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
-            check_tensor(name, vector, ("x", x))
-            if vector.shape != (n_cols,):
-                raise ValueError(f"{name}: expected shape [{n_cols}], got {list(vector.shape)}")
-            check_last_dim(name, vector)
+            check_columns(name, vector, x)
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected more than 0, got {eps}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected a finite number above 0, got {eps}")
     rows, f_rows = (x[None], f[None]) if x.ndim == 2 else (x, f)
     if gate is not None:
         check_tensor("gate", gate, ("x", x))

@@ -41,7 +41,7 @@ from ._blocks import (
     tiling,
 )
 from ._triton import scalar
-from .front_door import check_number, check_tensor, check_video, refuse_tangents
+from .front_door import check_number, check_tensor, check_video, is_int_or_symbol, refuse_tangents
 from .philox import normals
 from .portable import pyramid as portable
 from .registration import define_op, refuse_double_backward
@@ -418,7 +418,8 @@ def block_noise(
     Raises:
         ValueError: a shape, dtype, device or value that does not fit.
     """
-    if len(shape) != 5 or min(shape) < 0 or shape[3] % 2 or shape[4] % 2:
+    is_shape = len(shape) == 5 and all(is_int_or_symbol(n) and n >= 0 for n in shape)
+    if not is_shape or shape[3] % 2 or shape[4] % 2:
         raise ValueError(f"shape: expected [B, C, T, H, W], H and W even, got {list(shape)}")
     zero_sum, mean = _mixing(gamma)
     if device is None:
@@ -463,10 +464,10 @@ def _seed_tensor(
 ) -> Tensor:
     """int64 [1] or [] on the device; filled there, so without waiting for it."""
     end = 2**63 - draws(shape)
-    if not 0 <= offset < end:
+    if not is_int_or_symbol(offset) or not 0 <= offset < end:
         raise ValueError(f"offset: expected from 0 to {end - 1}, got {offset}")
     if not isinstance(seed, Tensor):
-        if not -(2**63) <= seed < 2**63:
+        if not is_int_or_symbol(seed) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:

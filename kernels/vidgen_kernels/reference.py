@@ -176,6 +176,14 @@ def post_norm_residual(
     return (x + n).to(x.dtype)
 
 
+def post_norm_adaln(
+    x: Tensor, f: Tensor, *, scale: Tensor, shift: Tensor, next_eps: float = 1e-6, **options
+) -> tuple[Tensor, Tensor]:
+    """`post_norm_residual` with the ``options``; its norm, times ``1 + scale``, plus ``shift``."""
+    out = post_norm_residual(x, f, **options)
+    return residual_norm(out, scale=scale, shift=shift, eps=next_eps)
+
+
 def _normed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, eps: float
 ) -> Tensor:

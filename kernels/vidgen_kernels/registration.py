@@ -57,12 +57,21 @@ def define_op(
             return OPS[name].launch(*args)
 
     def on_cpu(*args):
-        return OPS[name].launch(*args) if is_interpreted() else portable(*args)
+        run = OPS[name].launch if is_interpreted() else portable
+        if not torch.is_autocast_enabled("cpu"):
+            return run(*args)
+        with torch.autocast("cpu", enabled=False):  # the caller has cast what is to be cast
+            return run(*args)
+
+    def no_vmap(info, in_dims, *args):
+        # PyTorch's own way is a slow loop, and one in which all slices would draw the same noise
+        raise NotImplementedError(f"vidgen::{name} has no vmap: give it the batch as it is")
 
     LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
     LIBRARY.impl(name, on_cuda, "CUDA")
     LIBRARY.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"vidgen::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"vidgen::{name}", no_vmap, lib=LIBRARY)
     OPS[name] = Op(name, launch, getattr(torch.ops.vidgen, name).default)
     return OPS[name]
 

@@ -3,6 +3,7 @@
 The operator and its checks; `rope_kernels.py` holds the formulas and the kernels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .front_door import (
     autocast_dtype,
     check_last_dim,
     check_tensor,
+    is_int_or_symbol,
     refuse_tangents,
 )
 from .portable import rope as portable
@@ -130,7 +132,7 @@ def qk_norm_rope(
     vectors = [*stream[1:], *(text or QKVStream(stream.projections))[1:]]
     head_dim = _head_dim(projections, n_heads)
     _check_vectors(vectors, projections[0], head_dim, norm)
-    axes = [int(width) for width in axes]
+    axes = _as_widths(axes)
     _check_positions(positions, axes, projections[0], text_length, head_dim)
     tensors = [*projections, *text_projections, *(x for x in vectors if x is not None)]
     refuse_tangents(*tensors)
@@ -156,7 +158,7 @@ def _check_stream(name: str, stream: QKVStream, n_heads: int) -> list[Tensor]:
     """The projections of a stream, one or three."""
     if not isinstance(stream, QKVStream):
         raise ValueError(f"{name}: expected a QKVStream, got {type(stream).__name__}")
-    if not isinstance(n_heads, int) or n_heads < 1:
+    if not is_int_or_symbol(n_heads) or n_heads < 1:
         raise ValueError(f"n_heads: expected an int of at least 1, got {n_heads}")
     given = stream.projections
     projections = [given] if isinstance(given, Tensor) else list(given)
@@ -203,14 +205,14 @@ def _check_options(
             raise ValueError(f"text: expected batch and head dim {expected}, got {actual}")
         if text_length:
             raise ValueError(f"text_length: expected 0 beside a text stream, got {text_length}")
-    if not 0 <= text_length <= first.shape[1]:
+    if not is_int_or_symbol(text_length) or not 0 <= text_length <= first.shape[1]:
         raise ValueError(f"text_length: expected 0 to {first.shape[1]}, got {text_length}")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
-    if not theta > 0:
-        raise ValueError(f"theta: expected more than 0, got {theta}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta: expected a finite number above 0, got {theta}")
 
 
 def _check_vectors(
@@ -225,6 +227,12 @@ def _check_vectors(
         if x.shape != (head_dim,):
             raise ValueError(f"{name}: expected shape [{head_dim}], got {list(x.shape)}")
         check_last_dim(name, x)
+
+
+def _as_widths(axes: Sequence[int]) -> list[int]:
+    if not all(is_int_or_symbol(width) for width in axes):
+        raise ValueError(f"axes: expected integers, got {list(axes)}")
+    return [int(width) for width in axes]
 
 
 def _check_positions(

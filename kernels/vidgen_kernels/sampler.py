@@ -424,6 +424,8 @@ def dpm_step(
     """
     _check_float("sqrt_alpha", sqrt_alpha, 0, 1)
     _check_float("sqrt_alpha_next", sqrt_alpha_next, 0, 1)
+    if sqrt_alpha == 1:
+        raise ValueError(f"sqrt_alpha: expected a number below 1, got {sqrt_alpha}")
     if sqrt_alpha_next < sqrt_alpha or sqrt_alpha_next == 0:
         expected = f"expected above 0, at least {sqrt_alpha}"
         raise ValueError(f"sqrt_alpha_next: {expected}, got {sqrt_alpha_next}")

@@ -73,7 +73,9 @@ def small_layer_norm(
     """`layer_norm`, modulated, where `is_small`: its calls cost more than they compute."""
     a, mean, rstd = _layer_norm(x, x.shape[-1:], weight, bias, eps)
     if scale is not None:
-        a = a.mul_(scale + 1) if shift is None else torch.addcmul(shift, a, scale + 1)
+        scale = scale + 1
+        # out: of a's strides, not of the shift's
+        a = a.mul_(scale) if shift is None else torch.addcmul(shift, a, scale, out=a)
     elif shift is not None:
         a = a.add_(shift)
     return a, stack_stats(mean, rstd)

@@ -57,11 +57,12 @@ def post_norm_residual_fwd(
 ) -> tuple[Tensor, Tensor]:
     if norm == "layer" and is_small(f, x, gate, weight, bias):
         n, stats = small_layer_norm(f, weight, bias, None, None, eps)
-        return (n.add_(x) if gate is None else torch.addcmul(x, n, gate)), stats
+        n = n.add_(x) if gate is None else torch.addcmul(x, n, gate, out=n)  # out: of n's strides
+        return n, stats
     out, stats = empty_fwd(x, f)
     acc = stats.dtype
     weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    for batch, rows in _chunks(f):
+    for batch, rows in chunks_of_rows(f):
         weight_, bias_, gate_ = weight, bias, None
         if gate is not None and is_per_token(gate):
             gate_ = gate[batch, rows]
@@ -110,8 +111,8 @@ def post_norm_residual_bwd(
     if gate is None and norm == "layer" and do.dtype == f.dtype == acc and len(f):
         sums_ = None if sums is None else sums[0]
         df = layer_norm_backward(do, f, *stats[..., None], weight, sums_)
-        return df, results[1], results[2]
-    for batch, rows in _chunks(f):
+        return df if need_f else results[0], results[1], results[2]
+    for batch, rows in chunks_of_rows(f):
         mean, rstd = stats[:, batch, rows, None]
         f_, dn, factor = f[batch, rows], do[batch, rows], weight
         if norm == "rms" or is_per_token(gate):
@@ -132,9 +133,9 @@ def post_norm_residual_bwd(
     return results
 
 
-def _chunks(x: Tensor) -> Iterator[tuple[int, slice]]:
+def chunks_of_rows(x: Tensor, n_elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, slice]]:
     n_batch, n_tokens, n_cols = x.shape
-    step = max(1, CHUNK_ELEMENTS // n_cols)
+    step = max(1, n_elements // n_cols)
     for batch in range(n_batch):
         for start in range(0, n_tokens, step):
             yield batch, slice(start, min(start + step, n_tokens))

@@ -268,5 +268,6 @@ def _rotate(x: Tensor, turn: Tensor | None, out: Tensor) -> None:
 
 def _as_complex(x: Tensor) -> Tensor:
     if x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
-        x = x.contiguous()  # never a result: those are laid out in heads of even width
+        # a copy, also of what lies dense but at an odd offset; never a result: those are even
+        x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
