@@ -155,6 +155,8 @@ def wrong(name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
 
 
 BAD_TENSORS = {
+    "no tensor": (wrong("q", lambda x: x.tolist()), "q: .*tensor.*list"),
+    "k is no tensor": (wrong("k", lambda x: None), "k: .*tensor.*None"),
     "three dims": (wrong("q", lambda x: x[0]), r"q: .*\[4, 18, 16\]"),
     "k of three dims": (wrong("k", lambda x: x[0]), r"k: .*\[2, 18, 16\]"),
     "integers": (wrong("q", lambda x: x.long()), "q: .*float.*int64"),
@@ -192,6 +194,8 @@ def test_bad_tensors(name: str, attend: Callable) -> None:
         (lambda q, k, v: block_causal_attention(q, k, v, [N + 1]), "19.*18"),
         (lambda q, k, v: block_causal_attention(q, k, v, torch.tensor([N - 1])), "17.*18|sum"),
         (lambda q, k, v: block_causal_attention(q, k, v, [N], window=0), "window.*0"),
+        (lambda q, k, v: blocks(q, k, v, softmax_scale=float("nan")), "softmax_scale.*nan"),
+        (lambda q, k, v: sets(q, k, v, softmax_scale=float("inf")), "softmax_scale.*inf"),
         (lambda q, k, v: block_causal_attention(q, k[:, :, 1:], v[:, :, 1:], [N]), "18.*17"),
         (
             lambda q, k, v: interval_attention(
@@ -303,6 +307,14 @@ def test_forward_mode_is_refused(attend: Callable) -> None:
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: attend(q, k, v), (q,), (q,))
+
+
+@pytest.mark.portable_only  # refused before a path is taken
+@every_attention
+def test_vmap_is_refused(attend: Callable) -> None:
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match=r"vidgen::.*vmap"):
+        torch.func.vmap(lambda q: attend(q, k, v))(torch.stack([q, q]))
 
 
 @pytest.mark.parametrize("attend", [blocks, tensor_blocks, sets])

@@ -220,6 +220,7 @@ y = torch.zeros(B, T, D)
 g = torch.zeros(1)
 BAD = {
     "n of 0": (lambda: mix(y, y, g, 0), "n: .*at least 1.*0"),
+    "n of 2.5": (lambda: mix(y, y, g, 2.5), "n: .*at least 1.*2.5"),
     "no sum": (lambda: mix(y, None, g, 3), "total: .*2 older.*None"),
     "too few entries": (lambda: mix(y, y, g, 4, older=[y]), "older: .*3.*n = 4.*1"),
     "another sum": (lambda: mix(y, y[:1], g, 2), r"total: .*\[2, 13, 24\].*\[1, 13, 24\]"),
@@ -229,11 +230,15 @@ BAD = {
     "many gates": (lambda: mix(y, y, torch.zeros(2), 2), r"gate: .*one element.*\[2\]"),
     "gate is a number": (lambda: mix(y, y, 0.5, 2), "gate: .*tensor.*float"),
     "integer sum": (lambda: mix(y, y, g, 2, sum_dtype=torch.int32), "sum_dtype: .*int32"),
+    "no dtype of the sum": (lambda: mix(y, y, g, 2, sum_dtype=None), "sum_dtype: .*None"),
     "integers": (lambda: mix(y.long(), y, g, 2), "y: .*int64"),
     "no norm": (lambda: segment(y, y, y, g, 2, norm=""), "norm: .*layer.*rms"),
     "another f": (lambda: segment(y, y[1:], y, g, 2), r"f: .*\[1, 13, 24\]"),
     "no gates": (lambda: CacheWindow(torch.zeros(0)), r"gates: .*\[0\]"),
+    "list of gates": (lambda: CacheWindow([0.5]), "gates: .*tensor.*list"),
+    "gate of NaN": (lambda: FeatureCache(2, gate=float("nan")), "gate: .*finite.*nan"),
     "no window": (lambda: CacheWindow(g, 0), "window: .*0"),
+    "half a layer": (lambda: FeatureCache(2.5), "num_layers: .*2.5"),
     "no layers": (lambda: FeatureCache(0), "num_layers: .*0"),
     "layer 1 first": (lambda: FeatureCache(3)(1, y), "layer: .*expected 0.*got 1"),
     "no such layer": (lambda: FeatureCache(3)(3, y), "layer: .*0 to 2.*3"),
@@ -332,6 +337,9 @@ def test_a_fixed_gate_is_no_parameter() -> None:
     cache = FeatureCache(5, gate=0.25)
     assert not list(cache.parameters()) and not cache.state_dict()
     assert cache.double().gates.dtype == torch.float64 and (cache.gates == 0.25).all()
+    cache, x = FeatureCache(3, gate=1), torch.randn(1, 5, D)
+    cache(0, x), cache(1, x)
+    torch.testing.assert_close(cache(2, 3 * x), 2 * x)
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])

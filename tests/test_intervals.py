@@ -156,6 +156,7 @@ BAD = {
     "float length": (lambda: causal([1.5]), "1.5"),
     "bool length": (lambda: causal([True]), "True"),
     "float tensor": (lambda: causal(torch.ones(2)), "float32"),
+    "complex tensor": (lambda: causal(torch.ones(2, dtype=torch.complex64)), "complex64"),
     "tensor of two dims": (lambda: causal(torch.ones(2, 2, dtype=torch.int64)), r"\[2, 2\]"),
     "window 0": (lambda: causal([3], window=0), "window.*0"),
     "negative sinks": (lambda: causal([3], sink_blocks=-1), "sink_blocks.*-1"),

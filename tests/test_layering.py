@@ -16,7 +16,8 @@ VIDGEN = sorted((ROOT / "vidgen").rglob("*.py"))
 
 FOLDERS = {"kernels", "vidgen", "bench", "tests", "profiling"}
 TORCH_ONLY = {"front_door", "intervals", "portable", "reference", "runs", "tokens"}
-KERNEL_USERS = {"vidgen/ops.py", "vidgen/eager.py", "vidgen/verify.py", "vidgen/cli.py"}
+EAGER = sorted((ROOT / "vidgen/eager").glob("*.py"))
+KERNEL_USERS = [ROOT / "vidgen/ops.py", ROOT / "vidgen/verify.py", *EAGER]
 MODELS = {"nova", "pyramid_flow", "repvideo"}
 
 
@@ -73,7 +74,8 @@ def test_only_test_helpers_read_the_reference(path: Path) -> None:
 @pytest.mark.parametrize("path", VIDGEN, ids=relative)
 def test_models_reach_kernels_through_ops(path: Path) -> None:
     assert not packages(path) & {"kernels", "bench", "tests", "profiling"}
-    assert "vidgen_kernels" not in packages(path) or relative(path) in KERNEL_USERS
+    assert "vidgen_kernels" not in packages(path) or path in KERNEL_USERS
+    assert "eager" not in modules(path, "vidgen") or path in [ROOT / "vidgen/ops.py", *EAGER]
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))

@@ -169,6 +169,14 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def test_results_are_contiguous() -> None:
+    """Whatever the strides of what they are made of."""
+    x, f, scale, shift = (torch.randn(T, B, D).transpose(0, 1) for _ in range(4))
+    for given in ({"f": f}, {"scale": scale}, {"shift": shift}, {"scale": scale, "shift": shift}):
+        h, a = residual_norm(x, **given)
+        assert a.is_contiguous() and (h is x or h.is_contiguous())
+
+
 @pytest.mark.parametrize(
     ("dtype", "of_f", "of_vectors"),
     [
@@ -355,6 +363,8 @@ BAD = {
     "no such norm": ({"x": x, "norm": "batch"}, "norm: .*layer.*rms.*batch"),
     "no norm": ({"x": x, "norm": ""}, "norm: .*layer.*rms"),
     "eps of 0": ({"x": x, "eps": 0.0}, r"eps: .*0\.0"),
+    "eps of infinity": ({"x": x, "eps": float("inf")}, "eps: .*finite.*inf"),
+    "half a token": ({"x": x, "text": Modulation(), "text_length": 1.5}, r"text_length: .*1\.5"),
     "too much text": ({"x": x, "text": Modulation(), "text_length": 14}, "text_length: .*13.*14"),
     "negative text": ({"x": x, "text": Modulation(), "text_length": -1}, "text_length: .*-1"),
     "text without vectors": ({"x": x, "text_length": 1}, "text: .*1 text tokens.*None"),

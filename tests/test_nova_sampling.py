@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vidgen.golden import Where
 from vidgen.nova import golden_sampling, graphs, sampling, set_causal
 from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
 from vidgen.nova.draws import RandomDraws
@@ -94,6 +95,20 @@ def assert_same(actual, expected) -> None:
 def test_recorded_loops(name, ops):
     outcome = check(CASES[name], "fused" if ops is FUSED else "eager", torch.float32, "cpu")
     assert outcome.status == "PASS", outcome
+
+
+@pytest.mark.portable_only
+def test_a_recorded_loop_of_one_set():
+    case = CASES["loop_t2i_fm"]
+    w, inputs = (case.tensors(prefix, "cpu") for prefix in ("w.", "in."))
+    config = {**case.config, "num_inference_steps": 1}
+    run = golden_sampling.KINDS[case.kind]
+    eager, fused = (run(config, w, inputs, ops) for ops in (EAGER, FUSED))
+    torch.testing.assert_close(eager["latents"], fused["latents"], rtol=1e-4, atol=1e-4)
+    for name in ("z_first", "z_last", "sample_first"):
+        a, b = (x[name] for x in (eager, fused))
+        assert isinstance(a, Where) and isinstance(b, Where) and a.compared.all()
+        torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-4)
 
 
 # ---- whole runs
@@ -297,6 +312,11 @@ def test_requests_that_cannot_be_met():
             sample(model, condition, RUN, draws, **options)
     with pytest.raises(ValueError, match=r"condition: expected shape \[2 B, 6, 24\]"):
         sample(model, condition[:, 1:], RUN, draws)
+    one = features()._replace(negative=features().negative[:1])
+    with pytest.raises(ValueError, match="negative prompts: expected 2, got 1"):
+        text_condition(model, one, RUN.guidance)
+    with pytest.raises(ValueError, match="flow: expected a finite number, got nan"):
+        text_condition(model, features(), RUN.guidance, float("nan"))
     with pytest.raises(ValueError, match="num_inference_steps: expected at least 1, got 0"):
         SamplingConfig(num_inference_steps=0)
     with pytest.raises(ValueError, match="order: expected sorted or official, got 'random'"):

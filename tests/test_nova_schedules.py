@@ -151,6 +151,9 @@ def test_guidance_options():
     assert [ramp.scale(i, 4) for i in range(4)] == [2.0, 3.0, 4.0, 5.0]
     assert Guidance(1.0).n_branches == 1 and Guidance().n_branches == 2
     assert Guidance(guidance_trunc=300).n_guided([900.0, 400.0, 200.0, 100.0]) == 2
+    for name in ("guidance_scale", "min_guidance_scale", "guidance_trunc"):
+        with pytest.raises(ValueError, match=f"{name}: expected a finite number, got nan"):
+            Guidance(**{name: float("nan")})
     with pytest.raises(ValueError, match="guidance_renorm: expected above 0, at most 1, got 2"):
         Guidance(guidance_renorm=2)
     with pytest.raises(ValueError, match="image_guidance_scale, spatiotemporal"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
 from vidgen.nova.embeddings import patchify
+from vidgen.nova.golden_training import training_schedule
 from vidgen.nova.schedules import DDPM, FlowMatching, Schedule, set_sizes
 from vidgen.nova.training import (
     TrainingDraws,
@@ -254,5 +255,7 @@ def test_inputs_that_do_not_fit() -> None:
         training_step(model, latents[..., :4], condition, draws, schedule)
     with pytest.raises(ValueError, match=r"condition: expected shape \[2, Lc, 24\], got"):
         training_step(model, latents, condition[:1], draws, schedule)
+    with pytest.raises(ValueError, match="class: expected ddpm or flow_matching, got 'edm'"):
+        training_schedule({"class": "edm"})
     with pytest.raises(ValueError, match=r"draws.order: expected shape \[2, 8\], got \[4, 8\]"):
         training_step(model, latents[:, :, :1], condition, draws, schedule)

@@ -139,6 +139,16 @@ BAD_CONFIGS = {
     "size": ({"image_size": 500}, r"multiples of 32, got \[500, 500\]"),
     "grid": ({"video_base_size": [1, 3, 3]}, r"\[16, 16\] tokens .* got \[3, 3\]"),
     "parts": ({"arch": {"image_encoder": {}}}, "none for image_decoder, video_encoder"),
+    "no names": ({"arch": "vit_d16w1024"}, "names or sizes of three parts, got 'vit_d16w1024'"),
+    "no size": (
+        {"arch": {"video_encoder": {}, "image_encoder": {}, "image_decoder": {}}},
+        "arch: expected depth and embed_dim",
+    ),
+    "one size": ({"image_size": [512]}, r"image_size: expected 2 whole numbers .* \(512,\)"),
+    "text size": ({"image_size": "512"}, "image_size: expected 2 whole numbers .* '512'"),
+    "base": ({"video_base_size": [0, 16, 16]}, "video_base_size: expected 3 whole numbers above 0"),
+    "stride": ({"image_stride": 0}, "image_stride: expected a whole number above 0, got 0"),
+    "channels": ({"image_dim": 4.5}, "image_dim: expected a whole number above 0, got 4.5"),
     "spatial": ({"spatial_attention": "causal"}, "expected masked or set_causal, got 'causal'"),
 }
 
@@ -156,9 +166,13 @@ def test_configs_that_are_not_built(bad: str) -> None:
 def test_encoders_that_are_not_built() -> None:
     with pytest.raises(ValueError, match="multiple of 5 heads, got 24"):
         Encoder(1, 24, 5)
+    with pytest.raises(ValueError, match="num_heads: expected a whole number above 0, got 0"):
+        Encoder(1, 24, 0)
+    with pytest.raises(ValueError, match="text_token_len: expected at most 512, got 513"):
+        NovaTransformer(replace(CONFIG, text_token_len=513))
     with pytest.raises(ValueError, match="encoder_depth: expected 0 to 2, got 3"):
         replace(CONFIG, arch=replace(CONFIG.arch, image_encoder=Encoder(3, 16, 2, 3)))
-    with pytest.raises(ValueError, match=r"head dim whose eighth is even.*got 8"):
+    with pytest.raises(ValueError, match=r"three even axes.*got 8 of \(1, 3, 3\)"):
         replace(CONFIG, rotary_pos_embed=True)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.contracts import Recorder
 from vidgen.ops import EAGER
 from vidgen_kernels import post_norm_residual, reference
 from vidgen_kernels.testing import check_op
@@ -119,6 +120,19 @@ def test_strides(view: str, gate: str, dtype: torch.dtype) -> None:
     for name in ("x", "f", "gate"):
         tensors[name] = VIEWS[view](tensors[name].detach()).requires_grad_()
     check(tensors)
+    assert post_norm_residual(**tensors).is_contiguous()
+
+
+@pytest.mark.portable_only
+@pytest.mark.parametrize("gate", ["no gate", "per sample, 3 dims", "per token"])
+def test_fakes_know_what_is_not_needed(gate: str) -> None:
+    """Where f, or x and f, need no gradient."""
+    for frozen in ("f", "xf"):
+        tensors = {k: v.detach() if k in frozen else v for k, v in inputs(gate=gate).items()}
+        with Recorder() as recorder:
+            post_norm_residual(**tensors).sum().backward()
+        op, args, kwargs = recorder.calls["vidgen::post_norm_residual_bwd"]
+        torch.library.opcheck(op, args, kwargs, test_utils="test_faketensor")
 
 
 def test_gradients_that_arrive_in_another_layout() -> None:

@@ -419,6 +419,9 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "offset of nothing": (lambda: upsample_renoise(X, 1, 1, noise=Z, offset=1), "offset: .*0.*1"),
     "seed too large": (lambda: block_noise(Z.shape, seed=2**63), f"seed: .*64 bits.*{2**63}"),
+    "seed of a float": (lambda: block_noise(Z.shape, seed=1.5), "seed: .*integer.*1.5"),
+    "seed None": (lambda: block_noise(Z.shape, seed=None), "seed: .*integer.*None"),
+    "offset of a float": (lambda: block_noise(Z.shape, seed=0, offset=1.5), "offset: .*1.5"),
     "seed of int32": (
         lambda: upsample_renoise(X, 1, 1, seed=torch.tensor(1, dtype=torch.int32)),
         "seed: .*int64.*int32",
@@ -428,6 +431,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: upsample_renoise(X, 1, 1, seed=torch.tensor(1, device="meta")),
         "seed: .*cpu.*meta",
     ),
+    "size of a float": (lambda: block_noise((1, 1, 1, 4.0, 4), seed=0), r"shape: .*4\.0"),
     "odd noise": (lambda: block_noise((1, 1, 1, 4, 5), seed=0), "even"),
     "noise of integers": (lambda: block_noise(Z.shape, seed=0, dtype=torch.int32), "float.*int32"),
     "sigma": (lambda: renoise_coefficients(1.5), r"sigma: .*0.0 to 1.0.*1.5"),

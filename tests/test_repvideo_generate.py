@@ -310,7 +310,7 @@ def test_a_checkpoint_of_sat(sat_checkpoint: Path, tmp_path: Path) -> None:
     [
         (("--frames", 8), r"frames: expected 1 \+ a multiple of 4, got 8"),
         (("--width", 100), "width: expected a multiple of 16, got 100"),
-        (("--steps", 0), "n_steps: expected 1 to 1000, got 0"),
+        (("--steps", 1001), "n_steps: expected 1 to 1000, got 1001"),
         (("--guidance", -1), "guidance: expected 0 or above, got -1.0"),
         (("--schedule", "diffusers"), "schedule: expected sat without the scheduler"),
     ],

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vidgen import verify
 from vidgen.ops import EAGER, FUSED, Ops
+from vidgen.repvideo import golden_sampling
 from vidgen.repvideo.sampling import Guidance, draw_normal, sample
 from vidgen.repvideo.schedules import (
     SAMPLERS,
@@ -56,6 +58,38 @@ TEXT = torch.zeros(1, 3, 5)
 def test_golden(name: str, ops: str) -> None:
     outcome = verify.check(CASES[name], ops, torch.float32, "cpu")
     assert outcome.status == "PASS", outcome
+
+
+@portable_only
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"timestep_spacing": "leading", "steps_offset": 1},
+        {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01},
+        {"rescale_betas_zero_snr": False, "set_alpha_to_one": False},
+    ],
+)
+def test_all_that_a_case_says_of_the_scheduler_counts(options: dict) -> None:
+    case = CASES["diffusers_sched_a"]
+    config = {**case.config, **options}
+    inputs = case.tensors("in.", "cpu")
+    steps = golden_sampling.diffusers_steps(config, {}, inputs, EAGER)["ddim_steps"]
+    known = {name: x for name, x in config.items() if name != "n_steps"}
+    theirs, x = diffusers.CogVideoXDDIMScheduler(**known), inputs["x"]
+    theirs.set_timesteps(config["n_steps"])
+    for t, v, step in zip(theirs.timesteps, inputs["v"], steps, strict=True):
+        x = theirs.step(v, int(t), x, return_dict=False)[0].float()
+        torch.testing.assert_close(step, x, rtol=1e-4, atol=1e-4)
+
+
+@portable_only
+def test_cases_of_something_else() -> None:
+    case = CASES["sat_loop_dpm_a"]
+    w, inputs = (case.tensors(prefix, "cpu") for prefix in ("w.", "in."))
+    with pytest.raises(ValueError, match="sampler: expected dpmpp2m_sde or ddim, got 'euler'"):
+        golden_sampling.sat_loop({**case.config, "sampler": "euler"}, w, inputs, FUSED)
+    with pytest.raises(ValueError, match=r"ln_eps: expected 1e-05, got 1e-06"):
+        golden_sampling.sat_loop({**case.config, "ln_eps": 1e-6}, w, inputs, FUSED)
 
 
 @portable_only

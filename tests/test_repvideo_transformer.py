@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vidgen.ops import EAGER, FUSED, Ops
+from vidgen.repvideo import golden, golden_models
 from vidgen.repvideo.config import PRESETS, CogVideoXConfig
 from vidgen.repvideo.keys import to_sat
 from vidgen.repvideo.layers import AdaptiveNorm, patchify, unpatchify
@@ -134,6 +135,30 @@ def rotations(config: CogVideoXConfig, size: tuple[int, int, int]) -> tuple[Tens
     )
     make = CogVideoXPipeline._prepare_rotary_positional_embeddings
     return make(pipeline, 8 * height, 8 * width, frames, torch.device("cpu"))  # type: ignore
+
+
+@pytest.mark.portable_only
+@each_ops
+def test_cases_of_later_models_and_short_windows(ops: Ops) -> None:
+    config = replace(LATER, num_layers=1)
+    model, inputs = tiny(config, ops), random_inputs(config)
+    given = {
+        "x": inputs["latents"],
+        "context": inputs["text"],
+        "timesteps": inputs["timestep"],
+        "ofs": inputs["ofs"],
+        "dy": inputs["latents"],
+    }
+    options = {**config.to_dict(), "run_latent_hw": [6, 8]}
+    results = golden_models.diffusers_dit(options, model.state_dict(), given, ops)
+    assert_near(results["y"], model(**inputs), 1e-9)
+
+    h = torch.randn(3, 2, 7, 16, dtype=torch.float64)  # windows of one: no gate has an effect
+    gates = {"transformer.learnable_gating": torch.rand(3, dtype=torch.float64)}
+    chain = {"h0": h[0], "delta": h, "dh": h, "dfinal": h[0]}
+    results = golden.mix_chain({"window": 1}, gates, chain, ops)
+    assert_near(results["final"], h[0] + h.sum(dim=0), 1e-9)
+    assert not results["g_gate"].any()
 
 
 SIZES = {"trained": (3, 6, 8), "wide": (2, 4, 12), "high": (4, 10, 4), "small": (1, 2, 2)}
@@ -371,7 +396,8 @@ def test_inputs_of_the_later_models_that_do_not_fit() -> None:
         ),
         ({"ofs_embed_dim": 4}, "ofs_embed_dim: expected time_embed_dim 8"),
         ({"gates": True, "fixed_gate": 0.5}, "fixed_gate: expected None beside gates, got 0.5"),
-        ({"window": 0}, "window: expected at least 1 layer, got 0"),
+        ({"window": 0}, "window: expected a whole number above 0, got 0"),
+        ({"sample_frames": "49"}, "sample_frames: expected a whole number above 0, got '49'"),
         ({"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings: exp"),
         ({"norm_eps": 1e-6}, "norm_eps: expected 1e-05, got 1e-06"),
         ({"speed": 1}, r"config: expected options of CogVideoXConfig, got also \['speed'\]"),

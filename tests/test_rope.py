@@ -150,6 +150,7 @@ VIEWS = {
     "tokens before batch": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "expanded batch": lambda x: x[:1].expand_as(x),
     "expanded tokens": lambda x: x[:, :1].expand_as(x),
+    "at an odd offset": lambda x: torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view_as(x),
 }
 
 
@@ -163,6 +164,7 @@ def test_strides(view: str, norm: str | None, dtype: torch.dtype) -> None:
     strided = positions.repeat_interleave(2, dim=0)[::2].T.contiguous().T
     check(video, strided, AXES[12], text=text, norm=norm)
     check(video, strided[4:], AXES[12], text_length=4, norm=norm)
+    check(stream(9, fused=False, **options), strided, AXES[12], norm=norm)
 
 
 def test_gradients_that_arrive_in_another_layout() -> None:
@@ -336,6 +338,7 @@ POSITIONS = torch.zeros(6, 3)
 BAD = {
     "not a stream": ((P,), {}, "stream: .*QKVStream.*Tensor"),
     "text not a stream": ((QKVStream(P),), {"text": P}, "text: .*QKVStream.*Tensor"),
+    "half a head": ((QKVStream(P),), {"n_heads": 1.5}, "n_heads: .*int.*1.5"),
     "no heads": ((QKVStream(P),), {"n_heads": 0}, "n_heads: .*1.*0"),
     "two projections": ((QKVStream((P, P)),), {}, "three.*2"),
     "two dims": ((QKVStream(P[0]),), {}, r"\[B, T, H \* D\].*\[6, 72\]"),
@@ -352,7 +355,10 @@ BAD = {
     "long text": ((QKVStream(P),), {"text_length": 7}, "text_length.*6.*7"),
     "negative text": ((QKVStream(P),), {"text_length": -1}, "text_length.*6.*-1"),
     "norm": ((QKVStream(P),), {"norm": "group"}, "norm: .*rms.*group"),
+    "half a token": ((QKVStream(P),), {"text_length": 1.5}, "text_length.*6.*1.5"),
     "eps": ((QKVStream(P),), {"eps": -1.0}, "eps: .*0.*-1"),
+    "eps of infinity": ((QKVStream(P),), {"eps": float("inf")}, "eps: .*finite.*inf"),
+    "theta of infinity": ((QKVStream(P),), {"theta": float("inf")}, "theta: .*finite.*inf"),
     "theta": ((QKVStream(P),), {"theta": 0.0}, "theta: .*0.*0"),
     "weight": ((QKVStream(P, q_weight=W[1:]),), {}, r"q_weight: .*\[12\].*\[11\]"),
     "weight without norm": ((QKVStream(P, k_weight=W),), {"norm": None}, "k_weight: .*None"),
@@ -361,6 +367,7 @@ BAD = {
     "axes without positions": ((QKVStream(P), None, (12,)), {}, "positions: .*None"),
     "no axes": ((QKVStream(P), POSITIONS), {}, r"axes: .*12.*\[\]"),
     "odd axes": ((QKVStream(P), POSITIONS, (3, 3, 6)), {}, r"axes: .*even.*\[3, 3, 6\]"),
+    "axes of a float": ((QKVStream(P), POSITIONS, (4.5, 4, 4)), {}, r"axes: .*integers.*4\.5"),
     "short axes": ((QKVStream(P), POSITIONS, (4, 4, 2)), {}, r"axes: .*12.*\[4, 4, 2\]"),
     "integer positions": ((QKVStream(P), POSITIONS.long(), (4, 4, 4)), {}, "positions: .*int64"),
     "half positions": ((QKVStream(P), POSITIONS.half(), (4, 4, 4)), {}, "positions: .*float16"),

@@ -484,6 +484,9 @@ BAD = {
     "sqrt_alpha_next: expected above 0, at least 0.0, got 0.0": (
         dpm_step, {"x": X, "velocity": X, "sqrt_alpha": 0.0, "sqrt_alpha_next": 0.0},
     ),
+    "sqrt_alpha: expected a number below 1, got 1.0": (
+        dpm_step, {"x": X, "velocity": X, "sqrt_alpha": 1.0, "sqrt_alpha_next": 1.0},
+    ),
     "noise: expected a tensor for a step to 0.5, got None": (
         dpm_step, {"x": X, "velocity": X, **DDIM},
     ),

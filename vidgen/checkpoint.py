@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -29,21 +30,38 @@ def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Te
 
     Args:
         within: the entry of a training checkpoint that holds them, used where there is one.
+
+    Raises:
+        ValueError: no such file, or something else in it.
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
-        names = json.loads(path.read_text())["weight_map"].values()
+        names = read_config(path.parent, path.name)["weight_map"].values()
         return {
             k: x
             for name in sorted(set(names))
             for k, x in read_state_dict(path.parent / name).items()
         }
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        return read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError) as problem:
+        # the rest of torch's message tells how to read a file that one trusts
+        what, _, _ = str(problem).partition(". ")
+        raise ValueError(f"checkpoint: expected tensors in {path}: {what}") from problem
     return state[within] if within is not None and within in state else state
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises ValueError where there is none, or something else in it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise ValueError(f"file: expected safetensors in {path}: {problem}") from problem
 
 
 def read_folder(
@@ -63,11 +81,14 @@ def read_folder(
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON file of a folder. Raises ValueError where there is none."""
+    """A JSON file of a folder. Raises ValueError where there is none, or it is not JSON."""
     path = Path(folder) / name
     if not path.exists():
         raise ValueError(f"folder: expected {name} in {folder}, found none")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as problem:
+        raise ValueError(f"{name}: expected JSON in {path}: {problem}") from problem
 
 
 def load_exactly(

@@ -1,4 +1,4 @@
-"""The command line: ``vidgen bench | generate | convert | analyze | verify | profile | info``.
+"""The command line, ``vidgen COMMAND``.
 
 Only the chosen command is imported, so that ``vidgen --help`` is fast and works without any extra
 installed. Benchmarks and profiles live in the source tree, not in the wheel, and run as processes
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
 PROFILER = ROOT / "profiling" / "run.py"
 
+# The modules that each extra brings; one of several is asked of the first.
 EXTRAS = {
-    "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib", "markdown_it"),
-    "models": ("diffusers", "transformers", "safetensors", "av"),
+    "models": (
+        *("diffusers", "transformers", "safetensors", "sentencepiece", "google.protobuf"),
+        *("av", "rich", "matplotlib"),
+    ),
+    "bench": ("pytest", "pytest_benchmark", "rich", "matplotlib", "markdown_it", "safetensors"),
     "profiling": ("nvtx",),
     "peers": ("flash_attn", "liger_kernel", "natten", "xformers"),
 }
@@ -50,17 +54,23 @@ def main(argv: list[str] | None = None) -> int:
     except CommandError as error:
         message = str(error)
     except ModuleNotFoundError as error:
-        extra = next((extra for extra, names in EXTRAS.items() if error.name in names), None)
+        found = ((x, name) for x, names in EXTRAS.items() for name in names)
+        # of google.protobuf python may miss google
+        needs = ((x, name) for x, name in found if f"{name}.".startswith(f"{error.name}."))
+        extra, name = next(needs, (None, None))
         if extra is None:
             raise
-        message = f"needs {error.name}: pip install 'vidgen-kernels[{extra}]'"
+        message = f"needs {name}: pip install 'vidgen-kernels[{extra}]'"
+    except KeyboardInterrupt:
+        message = "interrupted"
     print(f"vidgen: error: {message}", file=sys.stderr)
     return 1
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="vidgen", description="Exact, fast attention for video-generation models."
+        prog="vidgen",
+        description="Exact, fast kernels for video-generation transformers, and models on them.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in argv if word in COMMANDS), None)
@@ -158,15 +168,16 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def _run_with_progress(command: list[str]) -> tuple[int, list[str]]:
-    """The exit status and the output of pytest, a progress bar on stderr meanwhile."""
+    """The exit status and the output of pytest; a bar meanwhile, where stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     percent = TextColumn("[progress.percentage]{task.percentage:>3.0f}%")
     columns = (percent, BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     log = []
     with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -231,7 +242,7 @@ def run_info(args: argparse.Namespace) -> int:
         else "off (TRITON_INTERPRET=1)",
     }
     for extra, modules in EXTRAS.items():
-        absent = [name for name in modules if find_spec(name) is None]
+        absent = _absent(modules)
         facts[f"extra {extra}"] = f"without {', '.join(absent)}" if absent else "complete"
     for name, fact in facts.items():
         print(f"{name:16} {fact}")
@@ -267,9 +278,18 @@ def _version(distribution: str) -> str:
 
 
 def _require_extra(extra: str) -> None:
-    absent = [name for name in EXTRAS[extra] if find_spec(name) is None]
-    if absent:
+    if absent := _absent(EXTRAS[extra]):
         raise CommandError(f"needs {', '.join(absent)}: pip install 'vidgen-kernels[{extra}]'")
+
+
+def _absent(modules: Sequence[str]) -> list[str]:
+    def is_found(name: str) -> bool:
+        try:
+            return find_spec(name) is not None
+        except ModuleNotFoundError:  # not even the package that it is in
+            return False
+
+    return [name for name in modules if not is_found(name)]
 
 
 def _require_source(path: Path, what: str) -> None:
@@ -294,6 +314,7 @@ def _source_environment() -> dict[str, str]:
 COMMANDS = {
     "bench": ("time our kernels against their peers", configure_bench, run_bench),
     "generate": ("a video or an image from a prompt", *_module("vidgen.generate")),
+    "train": ("train a model on latents and text features", *_module("vidgen.train")),
     "convert": (
         "CogVideoX and RepVideo weights between key layouts",
         *_module("vidgen.repvideo.convert"),

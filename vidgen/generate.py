@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checkpoint import read_safetensors
 from .media import check_output, write_frames
-from .ops import EAGER, FUSED, Ops
+from .ops import OPS, Ops
 from .progress import Bars, Progress
 
 MODELS = {
@@ -63,6 +64,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """What a `Run` is made of."""
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", help="what to show")
+    parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        default="",
+        help="what guidance leads away from (default: what the model is released with)",
+    )
+    parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="safetensors with the text features, instead of a prompt and text encoders",
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights, and how the model runs."""
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", type=Path, metavar="DIR", help="the official checkpoint")
     weights.add_argument(
@@ -70,20 +92,19 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a model of small size with random weights: noise, to try the command",
     )
-    parser.add_argument("--prompt", metavar="TEXT")
-    parser.add_argument("--negative-prompt", metavar="TEXT", default="")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add_ops_argument(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda, else cpu)")
+
+
+def add_ops_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--embeddings",
-        type=Path,
-        metavar="FILE",
-        help="safetensors with the text features, instead of a prompt and text encoders",
+        "--ops",
+        choices=sorted(OPS),
+        default="fused",
+        help="fused: the kernels; eager: PyTorch as the official models write it "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--ops", choices=["eager", "fused"], default="fused", help="default: fused")
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU"
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         with Bars() as progress:
             video = model.generate(args, read_common(args, progress))
         write_frames(args.output, video.frames, video.fps)
-    except ValueError as problem:
+    except (OSError, ValueError) as problem:
         sys.stderr.write(f"vidgen generate: {problem}\n")
         return 1
     n_frames, height, width, _ = video.frames.shape
@@ -102,9 +123,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def read_device(name: str | None) -> torch.device:
+    """That device; None: a GPU where there is one. Raises ValueError for what is not there."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    known = [*(["cuda"] if gpus else []), *(f"cuda:{i}" for i in gpus), "cpu"]
+    if name is not None and name not in known:
+        raise ValueError(f"device: expected {' or '.join(known)} on this machine, got {name}")
+    return torch.device(name or known[0])
+
+
 def read_common(args: argparse.Namespace, progress: Progress) -> Run:
     """What the common options say. Raises ValueError where they do not fit together."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = read_device(args.device)
+    for name in ("height", "width", "steps"):  # which the models take for not given if they are 0
+        n = getattr(args, name)
+        if n is not None and n < 1:
+            raise ValueError(f"{name}: expected at least 1, got {n}")
     if args.prompt is not None and args.embeddings is not None:
         raise ValueError("prompt: expected a prompt or embeddings, got both")
     instead = args.embeddings is not None or getattr(args, "class_label", None) is not None
@@ -112,17 +146,15 @@ def read_common(args: argparse.Namespace, progress: Progress) -> Run:
         raise ValueError("prompt: expected a prompt or embeddings, got neither")
     embeddings = None
     if args.embeddings is not None:
-        from safetensors.torch import load_file
-
-        if not args.embeddings.exists():
-            raise ValueError(f"embeddings: expected a file, {args.embeddings} does not exist")
-        embeddings = load_file(args.embeddings)
+        if not args.embeddings.is_file():
+            raise ValueError(f"embeddings: expected a file, {args.embeddings} is none")
+        embeddings = read_safetensors(args.embeddings)
     return Run(
         args.checkpoint,
         args.prompt,
         args.negative_prompt,
         embeddings,
-        {"eager": EAGER, "fused": FUSED}[args.ops],
+        OPS[args.ops],
         DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")],
         device,
         torch.Generator().manual_seed(args.seed),

@@ -1,5 +1,6 @@
 """What the models' golden kinds return to `vidgen verify`, beside plain tensors."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,13 @@ class Pixels(NamedTuple):
 
 
 Results = dict[str, Tensor | Where | Pixels]
+
+
+def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """ValueError where a case asks for another value than the one that is built."""
+    for name, expected in fixed.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(f"{name}: expected {expected!r}, got {config[name]!r}")
 
 
 def flatten(tables: Any, prefix: str = "") -> dict[str, Tensor]:

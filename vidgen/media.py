@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -55,18 +56,21 @@ def read_frames(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"input: expected a video or image file, {path} does not exist")
-    with av.open(str(path)) as container:
-        frames = [
-            torch.from_numpy(frame.to_ndarray(format="rgb24"))
-            for frame in container.decode(video=0)
-        ]
+    try:
+        with av.open(str(path)) as container:
+            frames = [
+                torch.from_numpy(frame.to_ndarray(format="rgb24"))
+                for frame in container.decode(video=0)
+            ]
+    except (av.FFmpegError, IndexError) as problem:  # IndexError: sound, and nothing to see
+        raise ValueError(f"input: expected a video or image in {path}: {problem}") from problem
     if not frames:
         raise ValueError(f"input: expected frames in {path}, found none")
     return torch.stack(frames)
 
 
 def check_output(path: str | Path, n_frames: int) -> None:
-    """Before long work: raises ValueError where `write_frames` would.
+    """Before long work: raises what `write_frames` would, ModuleNotFoundError included.
 
     One frame makes an image or a video, more make a video.
     """
@@ -78,6 +82,7 @@ def check_output(path: str | Path, n_frames: int) -> None:
         raise ValueError(f"output: expected a new file, {path} exists")
     if not path.parent.is_dir():
         raise ValueError(f"output: expected an existing folder, got {path.parent}")
+    importlib.import_module("PIL" if path.suffix in IMAGES else "av")
 
 
 def write_frames(path: str | Path, frames: Tensor, fps: float = 1.0) -> None:

@@ -17,6 +17,7 @@ from vidgen_kernels.sampler import LinearStep
 __all__ = [
     "EAGER",
     "FUSED",
+    "OPS",
     "IntervalMask",
     "LinearStep",
     "Modulation",
@@ -39,6 +40,7 @@ class Ops(NamedTuple):
     feature_cache: Callable[..., Any]  # (gates, window) -> CacheWindow, one for a forward pass
     qk_norm_rope: Callable[..., Any]
     post_norm_residual: Callable[..., Any]
+    post_norm_adaln: Callable[..., Any]
     downsample: Callable[..., Any]
     upsample_renoise: Callable[..., Any]
     training_pair: Callable[..., Any]
@@ -65,6 +67,7 @@ EAGER = Ops(
     feature_cache=eager.CacheWindow,
     qk_norm_rope=eager.qk_norm_rope,
     post_norm_residual=eager.post_norm_residual,
+    post_norm_adaln=eager.post_norm_adaln,
     downsample=eager.downsample,
     upsample_renoise=eager.upsample_renoise,
     training_pair=eager.training_pair,
@@ -83,6 +86,7 @@ FUSED = Ops(
     feature_cache=fused.CacheWindow,
     qk_norm_rope=fused.qk_norm_rope,
     post_norm_residual=fused.post_norm_residual,
+    post_norm_adaln=fused.post_norm_adaln,
     downsample=fused.downsample,
     upsample_renoise=fused.upsample_renoise,
     training_pair=fused.training_pair,
@@ -91,3 +95,4 @@ FUSED = Ops(
     dpm_step=fused.dpm_step,
     linear_step=fused.sampler.linear_step,
 )
+OPS = {"eager": EAGER, "fused": FUSED}

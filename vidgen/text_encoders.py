@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,17 @@ def read_model(kind: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:
 
 
 def read_tokenizer(kind: Any, folder: str | Path) -> Any:
-    """A tokenizer of transformers. Raises ValueError where the folder holds none."""
-    if not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
+    """A tokenizer of transformers.
+
+    Raises:
+        ValueError: none in the folder.
+        ModuleNotFoundError: without what reads the only file of T5's released folders.
+    """
+    found = [name for name in TOKENIZER_FILES if (Path(folder) / name).exists()]
+    if not found:
         raise ValueError(f"tokenizer: expected {' or '.join(TOKENIZER_FILES)} in {folder}")
+    if found == ["spiece.model"]:
+        # transformers needs both, and where one is absent asks for something else
+        importlib.import_module("sentencepiece")
+        importlib.import_module("google.protobuf")
     return kind.from_pretrained(folder, local_files_only=True)

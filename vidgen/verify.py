@@ -8,7 +8,6 @@ Its ``model`` and ``kind`` choose the function that recomputes it (`KINDS`, from
 
 import argparse
 import inspect
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,15 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vidgen.checkpoint import read_config
+from vidgen.generate import add_ops_argument
 from vidgen.golden import Pixels, Results, Where, flatten
 from vidgen.nova import golden as nova
-from vidgen.ops import EAGER, FUSED
+from vidgen.ops import OPS
 from vidgen.pyramid_flow import golden as pyramid_flow
 from vidgen.repvideo import golden as repvideo
 from vidgen_kernels._triton import is_interpreted
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Tensors = dict[str, Tensor]
 
@@ -67,8 +69,6 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-OPS = {"eager": EAGER, "fused": FUSED}
-
 # {model: {kind: function(config, weights, inputs, ops) -> results by name}}; a function with a
 # parameter `outputs` is told the names that the case holds, where they alone say what is wanted,
 # one with `meanings` what the case says of each, where arguments of a call stand there alone
@@ -78,7 +78,7 @@ KINDS = {"nova": nova.KINDS, "pyramid_flow": pyramid_flow.KINDS, "repvideo": rep
 def find_cases(folder: Path) -> Iterator[Case]:
     """JSON files below ``folder`` that say model and kind; others are tables, not cases."""
     for path in sorted(folder.rglob("*.json")):
-        data = json.loads(path.read_text())
+        data = read_config(path.parent, path.name)
         if isinstance(data, dict) and "model" in data and "kind" in data:
             allowed = data.get("suggested_tolerance", {})
             bounds = float(allowed.get("atol", 0.0)), float(allowed.get("rtol", 0.0))
@@ -182,9 +182,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder with the cases (default: $VIDGEN_GOLDEN, else tests/golden)",
     )
-    parser.add_argument("--ops", choices=sorted(OPS), default="fused", help="default: fused")
+    add_ops_argument(parser)
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="float32", help="default: float32"
+        "--dtype",
+        type=lambda name: SHORT.get(name, name),
+        choices=sorted(DTYPES),
+        default="float32",
+        help="or fp32, bf16 ... for short (default: %(default)s)",
     )
 
 

@@ -10,7 +10,7 @@ Read in this order:
     set_causal     the same with a cache: the paper's own spatial mask
     denoiser       the MLP that samples a token
     transformer    all of them under one roof
-    training       the objective
+    training       the objective; objective gives it batches of the command train
     schedules      noise levels, sizes of sets
     sampling       frame by frame; frames, denoising, draws, guidance below it
     text, vae      prompts to features, pixels to latents and back

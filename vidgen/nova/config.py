@@ -16,6 +16,16 @@ HEADS = {768: 12, 1024: 16, 1536: 16}  # of the encoders, by width
 SPATIAL_ATTENTION = ("masked", "set_causal")
 
 
+def _is_count(x: Any) -> bool:
+    return isinstance(x, int) and x > 0
+
+
+def _check_counts(config: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not _is_count(x := getattr(config, name)):
+            raise ValueError(f"{name}: expected a whole number above 0, got {x!r}")
+
+
 @dataclass(frozen=True)
 class Encoder:
     depth: int
@@ -24,6 +34,7 @@ class Encoder:
     encoder_depth: int = 0  # of the image encoder: layers that see visible tokens alone
 
     def __post_init__(self) -> None:
+        _check_counts(self, ("depth", "embed_dim", "num_heads"))
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim: expected a multiple of {self.num_heads} heads, got {self.embed_dim}"
@@ -38,6 +49,9 @@ class Encoder:
 class Decoder:
     depth: int
     embed_dim: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self, ("depth", "embed_dim"))
 
 
 @dataclass(frozen=True)
@@ -73,8 +87,13 @@ class Arch:
             dict(arch[name]) for name in ("video_encoder", "image_encoder", "image_decoder")
         )
         decoder.pop("cond_dim", None)  # the width of the encoders
-        image.setdefault("encoder_depth", image["depth"] // 2)
-        return cls(Encoder(**video), Encoder(**image), Decoder(**decoder))
+        if "depth" in image:
+            image.setdefault("encoder_depth", image["depth"] // 2)
+        try:
+            return cls(Encoder(**video), Encoder(**image), Decoder(**decoder))
+        except TypeError as problem:
+            expected = "expected depth and embed_dim of all parts, num_heads of encoders"
+            raise ValueError(f"arch: {expected}, got {dict(arch)}") from problem
 
 
 @dataclass(frozen=True)
@@ -99,8 +118,13 @@ class NovaConfig:
             raise ValueError(
                 f"spatial_attention: expected {expected}, got {self.spatial_attention!r}"
             )
+        _check_counts(self, ("image_dim", "image_stride", "text_token_len"))
+        for name, n in (("image_size", 2), ("video_base_size", 3)):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, tuple) or len(sizes) != n or not all(map(_is_count, sizes)):
+                raise ValueError(f"{name}: expected {n} whole numbers above 0, got {sizes!r}")
         side = self.image_stride * self.video_patch
-        if any(n < 1 or n % side for n in self.image_size):
+        if any(n % side for n in self.image_size):
             raise ValueError(
                 f"image_size: expected multiples of {side}, got {list(self.image_size)}"
             )
@@ -124,8 +148,8 @@ class NovaConfig:
         for encoder in (video, image) if self.rotary_pos_embed else ():
             if any(n % 2 or n < 2 for n in rotary_axes(encoder.head_dim)):
                 raise ValueError(
-                    f"rotary_pos_embed: expected a head dim whose eighth is even, as 64 and 96, "
-                    f"got {encoder.head_dim}"
+                    f"rotary_pos_embed: expected a head dim with three even axes, as 64 and 96, "
+                    f"got {encoder.head_dim} of {rotary_axes(encoder.head_dim)}"
                 )
 
     @property
@@ -215,6 +239,8 @@ class NovaConfig:
             options["arch"] = Arch.from_names(arch)
         elif isinstance(arch, Mapping):
             options["arch"] = Arch.from_dict(arch)
+        elif not isinstance(arch, Arch):
+            raise ValueError(f"arch: expected names or sizes of three parts, got {arch!r}")
         if isinstance(options.get("image_size"), int):
             options["image_size"] = 2 * (options["image_size"],)
         return cls(**options)

@@ -13,6 +13,8 @@ Shapes: B rows, n tokens, p * p * C values of a token, D width of z, M width of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +77,7 @@ class DenoisingBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, ops: Ops) -> Tensor:
         """``x`` [B, n, M]; ``modulation`` [B, n or 1, 3M]: scale, shift, gate."""
-        return self.modulated(x, *modulation.chunk(3, dim=-1), ops)
-
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, ops: Ops) -> Tensor:
-        """The same with the three ``[B, n or 1, M]``."""
+        scale, shift, gate = modulation.chunk(3, dim=-1)
         _, a = ops.residual_norm(x, scale=scale, shift=shift, eps=ADAPTIVE_EPS)
         norm = self.norm2
         return ops.post_norm_residual(
@@ -124,19 +123,38 @@ class DenoisingMLP(nn.Module):
         if projection is None:
             projection = self.modulation_projection()
         modulation = F.linear(F.silu(c), *projection)
-        width = self.head.in_features
-        last, *others = modulation.split([2 * width] + [3 * width] * len(self.blocks), dim=-1)
-        x = self.patch_embed.of_tokens(x)
-        for block, vectors in zip(self.blocks, others, strict=True):
-            x = block(x, vectors, self.ops)
-        return self.read_out(x, last)
+        scale, shift, *others = modulation.split(self.head.in_features, dim=-1)
+        return self.modulated(self.patch_embed.of_tokens(x), [*others, scale, shift])
+
+    def modulated(self, h: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        """The blocks and the head on embedded tokens ``[B, n, M]``.
+
+        A block ends where the norm of the next one begins: one operator does both.
+
+        Args:
+            vectors: scale, shift and gate of each block, then scale and shift of the last norm,
+                ``[B, n or 1, M]``.
+        """
+        _, a = self.ops.residual_norm(h, scale=vectors[0], shift=vectors[1], eps=ADAPTIVE_EPS)
+        for i, block in enumerate(self._blocks()):
+            gate, scale, shift = vectors[3 * i + 2 : 3 * i + 5]
+            norm = block.norm2
+            h, a = self.ops.post_norm_adaln(
+                h,
+                block.proj(a),
+                gate=gate,
+                weight=norm.weight,
+                bias=norm.bias,
+                scale=scale,
+                shift=shift,
+                eps=norm.eps,
+                next_eps=ADAPTIVE_EPS,
+            )
+        return self.head(a)
 
     def read_out(self, x: Tensor, modulation: Tensor) -> Tensor:
         """``modulation`` [B, n or 1, 2M]: scale, shift."""
-        return self.modulated_out(x, *modulation.chunk(2, dim=-1))
-
-    def modulated_out(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """The same with the two ``[B, n or 1, M]``."""
+        scale, shift = modulation.chunk(2, dim=-1)
         _, a = self.ops.residual_norm(x, scale=scale, shift=shift, eps=ADAPTIVE_EPS)
         return self.head(a)
 
@@ -162,5 +180,5 @@ class DenoisingMLP(nn.Module):
             return out
         return tokens.scatter(1, ids[:, :, None].expand_as(out), out)
 
-    def _blocks(self) -> list[DenoisingBlock]:
-        return [block for block in self.blocks if isinstance(block, DenoisingBlock)]
+    def _blocks(self) -> list[Any]:
+        return [*self.blocks]

@@ -45,8 +45,8 @@ class SetDenoiser:
         self.n_guided = guidance.n_guided(timesteps)
         device = mlp.head.weight.device
         self.times = mlp.embed_time(torch.tensor(timesteps, device=device))  # [K, M]
-        self.blocks: list[Any] = [*mlp.blocks]
-        self.projections = [block.norm1.proj for block in self.blocks] + [mlp.norm.proj]
+        blocks: list[Any] = [*mlp.blocks]
+        self.projections = [block.norm1.proj for block in blocks] + [mlp.norm.proj]
         self.embedding = mlp.patch_embed.token_weight, mlp.patch_embed.proj.bias
 
     def __call__(
@@ -114,9 +114,7 @@ class SetDenoiser:
         """``[G B, n, P]`` of the tokens ``[B, n, P]`` that all branches share."""
         h = F.linear(x.reshape(1, -1, x.shape[2]), *self.embedding)
         h = torch.cat([h] * n_branches, dim=1)
-        for i, block in enumerate(self.blocks):
-            h = block.modulated(h, *modulations[3 * i : 3 * i + 3], self.ops)
-        return self.mlp.modulated_out(h, *modulations[-2:]).view(-1, *x.shape[1:])
+        return self.mlp.modulated(h, modulations).view(-1, *x.shape[1:])
 
 
 def _of_steps(noise: Tensor | None) -> Iterator[Tensor]:

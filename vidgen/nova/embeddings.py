@@ -171,6 +171,8 @@ class TextEmbed(nn.Module):
 
     def __init__(self, token_dim: int, width: int, n_tokens: int) -> None:
         super().__init__()
+        if n_tokens > N_TEXT_ROWS:
+            raise ValueError(f"text_token_len: expected at most {N_TEXT_ROWS}, got {n_tokens}")
         self.n_tokens = n_tokens
         self.proj = nn.Linear(token_dim, width)
         self.norm = nn.LayerNorm(width)

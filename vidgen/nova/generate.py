@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -87,11 +88,17 @@ def _transformer_config(args: argparse.Namespace) -> NovaConfig:
 
 
 def generate(args: argparse.Namespace, run: Run) -> Video:
-    """The whole request is checked before anything is made."""
+    """Numbers are checked before models are read, all of the request before anything is made."""
     config = _transformer_config(args)
     size = args.height or config.image_size[0], args.width or config.image_size[1]
     config.resized(*size)
-    guidance = Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__})
+    sampling = SamplingConfig(
+        num_inference_steps=args.sets,
+        max_latent_length=_count_latents(args),
+        guidance=Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__}),
+        order=args.order,
+        graphs=args.graphs,
+    )
     if run.checkpoint is None:
         pipeline = example_pipeline(size, run.ops, dtype=run.dtype, device=run.device)
     else:
@@ -104,14 +111,10 @@ def generate(args: argparse.Namespace, run: Run) -> Video:
             with_text_encoder=run.prompt is not None and config.text_token_dim is not None,
         )
     schedule = pipeline.schedule
-    sampling = SamplingConfig(
-        num_inference_steps=args.sets,
+    sampling = replace(
+        sampling,
         num_diffusion_steps=args.steps or pipeline.default_steps,
-        max_latent_length=_count_latents(args),
-        guidance=guidance,
         schedule=schedule if args.flow_shift is None else shifted(schedule, args.flow_shift),
-        order=args.order,
-        graphs=args.graphs,
     )
     given = _given(args, pipeline, size)
     if given is not None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidgen.golden import check_fixed
 from vidgen.ops import IntervalMask, Ops
 
 from . import golden_models, golden_sampling, golden_training, golden_vae
@@ -24,8 +25,7 @@ def set_mask(rank: Tensor) -> Tensor:
 
 def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
     """NOVA's attention between sets: the call, the module around it, and tokens in any order."""
-    if config.get("scale", "1/sqrt(head_dim)") != "1/sqrt(head_dim)":
-        raise ValueError(f"scale: expected 1/sqrt(head_dim), got {config['scale']}")
+    check_fixed(config, {"scale": "1/sqrt(head_dim)"})
     rank = inputs["rank"]
     results = {"mask": set_mask(rank).squeeze(0)}
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.checkpoint import load_exactly
-from vidgen.golden import Results
+from vidgen.golden import Results, check_fixed
 from vidgen.ops import EAGER, Ops, QKVStream
 
 from .config import Encoder, NovaConfig, rotary_axes
-from .denoiser import DenoisingMLP, timestep_features
-from .embeddings import patchify, rotary_positions, sincos, space_table
+from .denoiser import ADAPTIVE_EPS, DenoisingMLP, timestep_features
+from .denoiser import NORM_EPS as DENOISER_NORM_EPS
+from .embeddings import N_FREQUENCIES, patchify, rotary_positions, sincos, space_table
 from .mixer import Mixer
 from .transformer import NovaTransformer
 from .video_encoder import VideoEncoder, block_causal_mask
-from .vit import Block, Pass, take
+from .vit import NORM_EPS, Block, Pass, take
 
 Tensors = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -95,6 +96,7 @@ def embeddings(
 
 def vit_block(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
     """A block's sublayers, its output and all gradients."""
+    check_fixed(config, {"mlp_ratio": 4, "ln_eps": NORM_EPS, "mask": None})
     block = loaded(Block(Encoder(1, config["dim"], config["heads"])).to(inputs["x"]), w)
     x, found = inputs["x"].requires_grad_(), {}
     for name in ("attn", "mlp"):
@@ -110,6 +112,7 @@ def vit_block(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> 
 
 def rope3d(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
     """Rotation along three axes behind unrotated tokens; of a clip and of chosen tokens."""
+    check_fixed(config, {"axis_dims": list(rotary_axes(config["head_dim"]))})
     x, ids = inputs["x"], inputs["ids"][..., 0]
     grid = config["grid_hw"][0], config["grid_hw"][1]
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -146,6 +149,8 @@ def scale_shift(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -
 
 def diffusion_mlp(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
     """The denoising MLP on all tokens, with gradients, and on some; whole latents in either."""
+    eps = {"ln_eps_ada": ADAPTIVE_EPS, "ln_eps_post": DENOISER_NORM_EPS}
+    check_fixed(config, {**eps, "freq_dim": 2 * N_FREQUENCIES})
     depth, width, patch = config["depth"], config["dim"], config["patch"]
     x, z, ids = inputs["x"].requires_grad_(), inputs["z"].requires_grad_(), inputs["ids"][..., 0]
     model = DenoisingMLP(depth, width, config["cond_dim"], config["channels"], patch, ops)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.golden import Results, Where
+from vidgen.golden import Results, Where, check_fixed
 from vidgen.ops import EAGER, Ops
 
 from .config import NovaConfig
@@ -39,6 +39,7 @@ def schedules(
 
 
 def _table(name: str, meaning: str, config: Mapping[str, Any]) -> Any:
+    check_fixed(config["mask_ratio"], {"dist": "truncated normal"})
     ratio = {key: x for key, x in config["mask_ratio"].items() if key != "dist"}
     for pattern, make in (
         (r"num_preds_N(\d+)_S(\d+)", lambda n, s: set_sizes(int(n), int(s))),
@@ -193,15 +194,17 @@ def loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Resul
     first = _Set(draws.order(0)[:, : sizes[0]])
     last = _Set(draws.order(0)[:, -sizes[-1] :])
     tokens = patchify(latents[:, :, n_given], model.config.patch)
+    if order != "official":  # features of a set's own tokens alone
+        z = [first.placed(z[0], model.config.n_tokens), last.placed(z[-1], model.config.n_tokens)]
     return {
         "latents": latents,
         "cond": condition,
         "set_sizes": torch.tensor(sizes),
         "c": conditions.transpose(0, 1)[n_given:],
         "temporal": slots.transpose(0, 1),
-        "z_first": first.of(z[0], model.config.n_tokens),
-        "z_last": last.of(z[-1], model.config.n_tokens),
-        "sample_first": first.of(tokens, model.config.n_tokens),
+        "z_first": first.among(z[0]),
+        "z_last": last.among(z[-1]),
+        "sample_first": first.among(tokens),
     }
 
 
@@ -211,14 +214,22 @@ class _Set:
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
 
-    def of(self, x: Tensor, n_tokens: int) -> Where:
-        """``x`` of all tokens of a frame or of the set alone, compared in the set."""
-        ids = self.ids.repeat(len(x) // len(self.ids), 1)[:, :, None]
-        chosen = x.new_zeros(len(x), n_tokens, 1, dtype=torch.bool).scatter(1, ids, True)
-        if x.shape[1] != n_tokens:
-            index = ids.expand(-1, -1, x.shape[-1])
-            x = x.new_zeros(len(x), n_tokens, x.shape[-1]).scatter(1, index, x)
-        return Where(x, chosen)
+    def among(self, x: Tensor) -> Where:
+        """``x`` [G B, N, D] of all tokens of a frame, compared in the set."""
+        chosen = x.new_zeros(*x.shape[:2], 1, dtype=torch.bool)
+        return Where(x, chosen.scatter(1, self._index(x), True))
+
+    def placed(self, x: Tensor, n_tokens: int) -> Tensor:
+        """``x`` [G B, n, D] of the set's tokens alone, at their places among all, ``[G B, N, D]``.
+
+        What the others hold is 0.
+        """
+        index = self._index(x).expand(-1, -1, x.shape[-1])
+        return x.new_zeros(len(x), n_tokens, x.shape[-1]).scatter(1, index, x)
+
+    def _index(self, x: Tensor) -> Tensor:
+        """``[G B, n, 1]``."""
+        return self.ids.repeat(len(x) // len(self.ids), 1)[:, :, None]
 
 
 def _recorded(module: nn.Module) -> list[Tensor]:

@@ -23,8 +23,10 @@ from .weights import load_transformer
 
 def training_schedule(options: dict[str, Any]) -> Schedule:
     options = dict(options)
-    kind = options.pop("class")
-    return DDPM.from_config(options) if kind == "ddpm" else FlowMatching.from_config(options)
+    kind, kinds = options.pop("class"), {"ddpm": DDPM, "flow_matching": FlowMatching}
+    if kind not in kinds:
+        raise ValueError(f"class: expected {' or '.join(kinds)}, got {kind!r}")
+    return kinds[kind].from_config(options)
 
 
 def train_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:

@@ -14,7 +14,8 @@ included, whose "prediction" is the latent itself in every branch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ class Guidance:
     spatiotemporal_guidance_scale: float = 0.0  # t
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            x = getattr(self, field.name)
+            if x is not None and not math.isfinite(x):
+                raise ValueError(f"{field.name}: expected a finite number, got {x}")
         if not 0 < self.guidance_renorm <= 1:
             expected = "expected above 0, at most 1"
             raise ValueError(f"guidance_renorm: {expected}, got {self.guidance_renorm}")

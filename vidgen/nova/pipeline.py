@@ -62,6 +62,8 @@ class NovaPipeline:
         """The folder of a released checkpoint.
 
         Args:
+            dtype: of the networks; a VAE that overflows in fp16 (`VAE.overflows_in_fp16`) then
+                stays in fp32.
             size: height and width in pixels, where they are not those of training.
             with_text_encoder: False where prompts come as features: it is the largest part.
 
@@ -73,9 +75,11 @@ class NovaPipeline:
         text_encoder = load_text_encoder(folder, dtype) if with_text_encoder else None
         if text_encoder is not None:
             text_encoder.model.to(device)
+        vae = load_pretrained_vae(folder / "vae")
+        is_wide = dtype == torch.float16 and vae.overflows_in_fp16
         return cls(
             load_pretrained(folder / "transformer", ops, size=size).to(device, dtype),
-            load_pretrained_vae(folder / "vae").to(device, dtype),
+            vae.to(device, torch.float32 if is_wide else dtype),
             schedule,
             text_encoder,
         )
@@ -108,8 +112,8 @@ class NovaPipeline:
         if tuple(video.shape[-2:]) != size:
             got = " x ".join(map(str, video.shape[-2:]))
             raise ValueError(f"video: expected {size[0]} x {size[1]} pixels, got {got}")
-        dtype = self.transformer.mask_embed.bos_token.dtype
-        return self.vae.encode(video.to(self.device, dtype), generator)
+        latents = self.vae.encode(video.to(self.device, self.vae.dtype), generator)
+        return latents.to(self.transformer.mask_embed.bos_token.dtype)
 
     def generate(
         self,
@@ -166,7 +170,7 @@ class NovaPipeline:
 
     @torch.inference_mode()
     def _decode(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:
-        for part in self.vae.decode_chunks(latents):
+        for part in self.vae.decode_chunks(x.to(self.vae.dtype) for x in latents):
             yield to_uint8(part.cpu(), rounded=False)
 
 

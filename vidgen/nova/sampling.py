@@ -10,6 +10,7 @@ Autoregressive Video Generation without Vector Quantization, arXiv 2412.14169.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -69,8 +70,15 @@ def text_condition(
     flow: float | None = None,
     fps: float | None = None,
 ) -> Tensor:
-    """Condition tokens ``[G B, Lc, D]``: the prompts, then what guidance leads away from."""
+    """Condition tokens ``[G B, Lc, D]``: the prompts, then what guidance leads away from.
+
+    Raises:
+        ValueError: another number of negative prompts than of prompts.
+    """
     rows = list(features.prompt)
+    if len(features.negative) != len(rows):
+        n_negative = len(features.negative)
+        raise ValueError(f"negative prompts: expected {len(rows)}, got {n_negative}")
     if guidance.n_branches > 1:
         rows += features.negative
     if guidance.n_branches > 2:
@@ -102,6 +110,9 @@ def _motion(
     if model.motion_embed is None:  # a model of images has none, whatever the caller's default
         return {}
     device = model.mask_embed.bos_token.device
+    for name, x in (("flow", flow), ("fps", fps)):
+        if x is not None and not math.isfinite(x):
+            raise ValueError(f"{name}: expected a finite number, got {x}")
     return {
         name: None if x is None else torch.full((n_rows,), float(x), device=device)
         for name, x in (("flow", flow), ("fps", fps))

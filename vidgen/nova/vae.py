@@ -44,12 +44,19 @@ class VAE(nn.Module, ABC):
         scaling_factor: latents are samples of the posterior times this.
         spatial_factor: pixels to a latent, in rows and in columns.
         temporal_factor: frames to a latent frame after the first.
+        overflows_in_fp16: whether its config.json asks for fp32 in place of fp16.
     """
 
     latent_channels: int
     scaling_factor: float
     spatial_factor: int
     temporal_factor: int
+    overflows_in_fp16 = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     def latents_to_frames(self, n_latents: int) -> int:
         """Frames decoded from so many latent frames."""
@@ -163,7 +170,7 @@ class ImageVAE(VAE):
 
     Args:
         model: an ``AutoencoderKL``. That of Stable Diffusion XL overflows in fp16 (its config says
-            ``force_upcast``): run it in bf16 or fp32.
+            ``force_upcast``).
     """
 
     temporal_factor = 1
@@ -177,6 +184,7 @@ class ImageVAE(VAE):
                 raise ValueError(f"{key}: expected None, got {config[key]!r}")
         self.latent_channels, self.scaling_factor = config.latent_channels, config.scaling_factor
         self.spatial_factor = 2 ** (len(config.block_out_channels) - 1)
+        self.overflows_in_fp16 = bool(config.force_upcast)
 
     def _encode_tiles(self, video: Tensor) -> Iterator[Tensor]:
         for frame in video.unbind(dim=2):

@@ -84,6 +84,7 @@ RELEASED = VAEConfig()
 FIXED = {
     "_class_name": "AutoencoderKLOpenSora",
     "act_fn": "silu",
+    "mid_block_add_attention": True,
     "latents_mean": None,
     "latents_std": None,
     "shift_factor": None,

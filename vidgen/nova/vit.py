@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vidgen.ops import IntervalMask, Ops, QKVStream
 
@@ -165,11 +166,17 @@ def post_norm(ops: Ops, x: Tensor, f: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """Patches, blocks and the last norm; the encoders say who sees whom."""
+    """Patches, blocks and the last norm; the encoders say who sees whom.
+
+    Attributes:
+        gradient_checkpointing: whether training keeps only what each block reads, and runs the
+            block again in the backward pass.
+    """
 
     def __init__(self, encoder: Encoder, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
+        self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(encoder) for _ in range(encoder.depth))
         self.norm = nn.LayerNorm(encoder.embed_dim, eps=NORM_EPS)
 
@@ -182,5 +189,9 @@ class VisionTransformer(nn.Module):
         """
         for i in layers:
             wanted = rows if i == layers[-1] else None
-            x = self.blocks[i](x, shared, self.ops, i, wanted)
+            args = x, shared, self.ops, i, wanted
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.blocks[i], *args, use_reentrant=False)
+            else:
+                x = self.blocks[i](*args)
         return x

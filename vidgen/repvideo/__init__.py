@@ -6,7 +6,7 @@ Read in this order:
     positions     sine-cosine table, coordinates for rotation
     layers        the residual stream, attention, norms, blocks
     transformer   the model, with or without the feature cache
-    training      the objective
+    training      the objective; objective gives it batches of the command train
     schedules     noise levels of both samplers' families
     sampling      guidance and the loop
     text, vae     prompts to features, latents to frames

@@ -29,6 +29,23 @@ FIXED: dict[str, Any] = {
     "use_learned_positional_embeddings": False,
 }
 
+COUNTS = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "time_embed_dim",
+    "text_embed_dim",
+    "num_layers",
+    "sample_width",
+    "sample_height",
+    "sample_frames",
+    "patch_size",
+    "temporal_compression_ratio",
+    "max_text_seq_length",
+    "window",
+)
+
 
 @dataclass(frozen=True)
 class CogVideoXConfig:
@@ -59,6 +76,10 @@ class CogVideoXConfig:
     out_norm_eps: float = OUT_NORM_EPS
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            x = getattr(self, name)
+            if not isinstance(x, int) or x < 1:
+                raise ValueError(f"{name}: expected a whole number above 0, got {x!r}")
         name, size = "width, num_attention_heads * attention_head_dim", self.width
         if self.use_rotary_positional_embeddings:
             name, size = "attention_head_dim", self.attention_head_dim
@@ -71,8 +92,6 @@ class CogVideoXConfig:
             )
         if self.gates and self.fixed_gate is not None:
             raise ValueError(f"fixed_gate: expected None beside gates, got {self.fixed_gate}")
-        if self.window < 1:
-            raise ValueError(f"window: expected at least 1 layer, got {self.window}")
 
     @property
     def width(self) -> int:

@@ -19,7 +19,8 @@ def mix_chain(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> 
     h0, delta = inputs["h0"].requires_grad_(), inputs["delta"].requires_grad_()
     h, y = _chain(ops, gates, config["window"], h0, delta)
     upstream = [*inputs["dh"], inputs["dfinal"]]
-    grads = torch.autograd.grad([*h, y[-1]], (h0, delta, gates), upstream)
+    leaves = h0, delta, gates  # gates of windows of one are not used
+    grads = torch.autograd.grad([*h, y[-1]], leaves, upstream, materialize_grads=True)
     results = {"h": torch.stack(h), "y": torch.stack(y), "final": y[-1]}
     results |= zip(("g_h0", "g_delta", "g_gate"), grads, strict=True)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.golden import check_fixed
 from vidgen.ops import Ops
 
-from .config import OUT_NORM_EPS, ROPE_THETA, CogVideoXConfig
+from .config import LAYER_NORM_EPS, OUT_NORM_EPS, QK_NORM_EPS, ROPE_THETA, CogVideoXConfig
 from .keys import GATES, SAT_UNUSED, to_diffusers, to_sat
 from .layers import Block, Sequence, Stream
 from .positions import rope_positions
@@ -25,6 +26,7 @@ Tensors = dict[str, Tensor]
 
 def sat_config(config: Mapping[str, Any]) -> CogVideoXConfig:
     """The config of a case of the released RepVideo code."""
+    check_fixed(config, {"ln_eps": LAYER_NORM_EPS, "qk_ln_eps": QK_NORM_EPS})
     return CogVideoXConfig(
         num_attention_heads=config["heads"],
         attention_head_dim=config["head_dim"],
@@ -103,7 +105,7 @@ def diffusers_dit(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
     if "rope_cos" in inputs:
         positions = positions_of(inputs["rope_cos"], inputs["rope_sin"], model.config.axes)
     x, text = inputs["x"].requires_grad_(), inputs["context"].requires_grad_()
-    y = model(x, text, inputs["timesteps"], positions=positions)
+    y = model(x, text, inputs["timesteps"], ofs=inputs.get("ofs"), positions=positions)
     weights = dict(model.named_parameters())
     gradients = _gradients(y, inputs["dy"], {"x": x, "context": text}, weights, sat=False)
     return {"y": y} | gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,14 +28,7 @@ from .weights import load_transformer
 
 Tensors = dict[str, Tensor]
 
-SCHEDULER_OPTIONS = (
-    "snr_shift_scale",
-    "rescale_betas_zero_snr",
-    "timestep_spacing",
-    "prediction_type",
-    "clip_sample",
-    "set_alpha_to_one",
-)
+SAT_SAMPLERS = {"dpmpp2m_sde": "dpm", "ddim": "ddim"}  # their names in the cases
 
 
 def sat_tables_case(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
@@ -58,17 +52,16 @@ def sat_tables_case(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Op
 
 def sat_loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
     """A whole loop of the released code, step by step."""
+    if config["sampler"] not in SAT_SAMPLERS:
+        expected = " or ".join(SAT_SAMPLERS)
+        raise ValueError(f"sampler: expected {expected}, got {config['sampler']!r}")
     recorder = Recorder(ops)
     final = sample(
         load_transformer(sat_config(config), w, recorder.ops),
         iter([inputs["x0"], *inputs.get("noise", ())]),
         inputs["context"],
         inputs["uncond"],
-        sat_schedule(
-            config["n_steps"],
-            config["shift_scale"],
-            "ddim" if config["sampler"] == "ddim" else "dpm",
-        ),
+        sat_schedule(config["n_steps"], config["shift_scale"], SAT_SAMPLERS[config["sampler"]]),
         guidance=Guidance(config["cfg_scale"], config["cfg_exp"]),
         ops=recorder.ops,
     )
@@ -134,8 +127,6 @@ def diffusers_loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops
 
 def vae(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
     """Moments, and latents decoded at once and in tiles."""
-    import inspect
-
     from diffusers import AutoencoderKLCogVideoX
 
     known = inspect.signature(AutoencoderKLCogVideoX).parameters
@@ -181,7 +172,10 @@ class Recorder:
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a case says of diffusers' scheduler."""
-    return {name: config[name] for name in SCHEDULER_OPTIONS if name in config}
+    from diffusers import CogVideoXDDIMScheduler
+
+    names = inspect.signature(CogVideoXDDIMScheduler).parameters
+    return {name: config[name] for name in names if name in config}
 
 
 KINDS: dict[str, Callable[[dict[str, Any], Tensors, Tensors, Ops], Tensors]] = {
