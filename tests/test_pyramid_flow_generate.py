@@ -54,6 +54,14 @@ def test_text_to_video(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert "cache of stages 0, 1:" in err and "MB of memory of the device" in err
 
 
+@pytest.mark.parametrize("length", [["--units", "3"], ["--frames", "33"]], ids=lambda x: x[0])
+def test_units_of_several_frames(length: list[str], clip: Path) -> None:
+    """Of 12 frames the last one begins the video: a unit takes 16 more."""
+    path = clip.with_name("a.mp4")
+    assert generate(path, "--video", clip, "--frames-per-unit", "2", *length) == 0
+    assert len(read_frames(path)) == 33
+
+
 def test_guidance_as_asked_for() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser.add_argument_group())
@@ -155,6 +163,8 @@ def test_a_checkpoint_with_features(tmp_path: Path) -> None:
         (["--width", "-64"], "width: expected at least 1, got -64"),
         (["--frames", "16"], "frames: expected 1 + 8 k, got 16"),
         (["--units", "0"], "units: expected at least 1, got 0"),
+        (["--frames", "25", "--frames-per-unit", "2"], "frames: expected 1 + 16 k, got 25"),
+        (["--frames-per-unit", "0"], "frames-per-unit: expected at least 1, got 0"),
         (["--video-steps", "0"], "steps: expected at least 1 step"),
         (["--cache", "much"], "cache: expected off, stages01, all or a number of bytes, got much"),
         (["--cache", "-5"], "max_bytes: expected at least 0, got -5"),

@@ -1,4 +1,4 @@
-"""What the encoder of a VAE gives: a distribution over latents."""
+"""What the VAEs of videos share: the shape they take, and the distribution they give."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def check_volume(name: str, x: Tensor, n_channels: int) -> None:
+    """ValueError unless ``x`` is a video, or latents, [B, C, T, H, W] with something in it."""
+    if x.ndim != 5 or x.shape[1] != n_channels or 0 in x.shape[2:]:
+        shape = f"[B, {n_channels}, frames, height, width], none of them 0"
+        raise ValueError(f"{name}: expected {shape}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
 
 @dataclass(frozen=True)

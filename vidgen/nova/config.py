@@ -206,11 +206,6 @@ class NovaConfig:
         return self.arch.image_encoder.embed_dim
 
     @property
-    def decoder_width(self) -> int:
-        """M."""
-        return self.arch.image_decoder.embed_dim
-
-    @property
     def token_dim(self) -> int:
         """Latent values of a token, p * p * C."""
         return self.patch * self.patch * self.image_dim

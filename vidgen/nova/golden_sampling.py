@@ -104,7 +104,7 @@ def sampler_guidance(
     results: Results = {}
     for name in outputs:
         if name.startswith("cfg"):
-            results[name] = _guided(name, meanings[name], config, inputs)
+            results[name] = _guided(meanings[name], config, inputs)
         elif name.startswith("ddpm") and name.endswith("_t"):
             timesteps = _ddpm(name.removesuffix("_t")).timesteps(config["n_steps"])
             results[name] = torch.tensor(timesteps)
@@ -139,7 +139,7 @@ def _run(steps: Sequence[Step], inputs: Tensors, ops: Ops) -> Tensor:
     return torch.stack(found)
 
 
-def _guided(name: str, meaning: str, config: Mapping[str, Any], inputs: Tensors) -> Tensor:
+def _guided(meaning: str, config: Mapping[str, Any], inputs: Tensors) -> Tensor:
     numbers = {key: float(x) for key, x in re.findall(r"(\w+)'?[:=] ?(-?[\d.]+)", meaning)}
     options = {key: x for key, x in config.items() if key.startswith("guidance")} | numbers
     guidance = Guidance(**options)

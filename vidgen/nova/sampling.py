@@ -198,7 +198,7 @@ class _Slots:
     def first(self, given: Tensor | None) -> Tensor:
         """Slot 0 and those of given frames; the condition ``[G B, Nv, D]`` of the next frame."""
         n_slots = 1 if given is None else 1 + given.shape[2]
-        x = self._tokens(given, n_slots)
+        x = self._tokens(given)
         n_tokens = self.model.config.n_video_tokens
         mask = block_causal_mask(self.condition.shape[1], n_tokens, n_slots, x.device)
         features = self._run(x, n_slots, condition=self.condition, mask=mask)
@@ -207,13 +207,13 @@ class _Slots:
 
     def next(self, latents: Tensor) -> Tensor:
         """The condition of the frame after ``latents`` [B, C, 1, h, w]."""
-        return self._mix(self._run(self._tokens(latents, 1), 1))
+        return self._mix(self._run(self._tokens(latents), 1))
 
     def _mix(self, features: Tensor) -> Tensor:
         return self.encoder.mix(self.anchor, features[:, -1:])[:, 0]
 
-    def _tokens(self, past: Tensor | None, n_slots: int) -> Tensor:
-        """``[G B, n_slots * Nv, D]``."""
+    def _tokens(self, past: Tensor | None) -> Tensor:
+        """``[G B, slots * Nv, D]``: those of the past, slot 0 among them when it is the first."""
         n_branches = self.guidance.n_branches
         n_samples = len(self.condition) // n_branches
         x = self.model.video_slots(past, self.n_frames, self.t, n_samples)

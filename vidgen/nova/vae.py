@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.checkpoint import load_exactly, read_folder
-from vidgen.posterior import Posterior
+from vidgen.posterior import Posterior, check_volume
 
 from .vae_config import RELEASED, VAEConfig
 from .vae_layers import CausalConv3d, Decoder, Encoder
@@ -72,7 +72,7 @@ class VAE(nn.Module, ABC):
         Raises:
             ValueError: for other shapes and frame counts.
         """
-        _check_shape("video", video, 3)
+        check_volume("video", video, 3)
         n_frames, factor = video.shape[2], self.temporal_factor
         if (n_frames - 1) % factor:
             raise ValueError(f"video: expected {factor} k + 1 frames, got {n_frames}")
@@ -129,7 +129,7 @@ class VAE(nn.Module, ABC):
             yield chunk / self.scaling_factor
 
     def _check_latents(self, latents: Tensor) -> None:
-        _check_shape("latents", latents, self.latent_channels)
+        check_volume("latents", latents, self.latent_channels)
 
     @abstractmethod
     def _encode_tiles(self, video: Tensor) -> Iterator[Tensor]:
@@ -212,14 +212,6 @@ def time_tiles(
             held, is_first = held[:, :, size - 1 :], False
     if held is not None and (is_first or held.shape[2] > 1):
         yield held
-
-
-def _check_shape(name: str, x: Tensor, n_channels: int) -> None:
-    if x.ndim != 5 or x.shape[1] != n_channels or 0 in x.shape[2:]:
-        shape = f"[B, {n_channels}, frames, height, width], none of them 0"
-        raise ValueError(f"{name}: expected {shape}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
 
 def load_vae(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VAE:

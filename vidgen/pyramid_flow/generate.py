@@ -27,7 +27,7 @@ SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a 
 
 # Height and width that a variant, known by the end of its name, is trained for.
 SIZES = {"_384p": (384, 640), "_768p": (768, 1280), "_image": (1024, 1024)}
-FRAMES_PER_UNIT = 8
+FRAMES_PER_LATENT = 8
 N_UNITS = 16  # of a video: 121 frames
 TILE, LOW_MEMORY_TILE = 512, 256  # pixels, as in the released code
 CACHES = {"off": OFF, "stages01": CachePolicy(stages=(0, 1)), "all": CachePolicy()}
@@ -48,13 +48,23 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--units",
         type=int,
         metavar="N",
-        help=f"latent frames, given ones included (default: {N_UNITS}, for an image file 1)",
+        help=f"the first frame is one, given ones count (default: {N_UNITS}, for an image file 1)",
     )
-    length.add_argument("--frames", type=int, metavar="N", help="the same in frames: 1 + 8 k")
+    length.add_argument(
+        "--frames", type=int, metavar="N", help="the same in frames: 1 + 8 k times those of a unit"
+    )
+    add(
+        "--frames-per-unit",
+        type=int,
+        default=1,
+        metavar="N",
+        help="latent frames that are made at once, as the checkpoint was trained; 8 frames each "
+        "(default: %(default)s, as released)",
+    )
     start = group.add_mutually_exclusive_group()
     start.add_argument("--image", type=Path, metavar="FILE", help="the first frame")
     start.add_argument(
-        "--video", type=Path, metavar="FILE", help="its last 1 + 8 k frames begin the video"
+        "--video", type=Path, metavar="FILE", help="its last frames, 1 + 8 k, begin the video"
     )
     add("--new-only", action="store_true", help="write the frames after those of --video only")
     add("--steps", type=int, default=20, help="per stage of the first unit (default: 20)")
@@ -92,15 +102,23 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 def count_frames(args: argparse.Namespace) -> int:
     """Frames of the output."""
-    n_frames = 1 + FRAMES_PER_UNIT * (_count_units(args) - 1)
+    n_frames = 1 + _unit_length(args) * (_count_units(args) - 1)
     return n_frames - _n_hidden(args, _read_given(args) if args.new_only else None)
+
+
+def _unit_length(args: argparse.Namespace) -> int:
+    """Frames of all units but the first, which is one frame."""
+    if args.frames_per_unit < 1:
+        raise ValueError(f"frames-per-unit: expected at least 1, got {args.frames_per_unit}")
+    return FRAMES_PER_LATENT * args.frames_per_unit
 
 
 def _count_units(args: argparse.Namespace) -> int:
     if args.frames is not None:
-        if args.frames < 1 or (args.frames - 1) % FRAMES_PER_UNIT:
-            raise ValueError(f"frames: expected 1 + {FRAMES_PER_UNIT} k, got {args.frames}")
-        return 1 + (args.frames - 1) // FRAMES_PER_UNIT
+        length = _unit_length(args)
+        if args.frames < 1 or (args.frames - 1) % length:
+            raise ValueError(f"frames: expected 1 + {length} k, got {args.frames}")
+        return 1 + (args.frames - 1) // length
     if args.units is not None:
         if args.units < 1:
             raise ValueError(f"units: expected at least 1, got {args.units}")
@@ -114,10 +132,11 @@ def generate(args: argparse.Namespace, run: Run) -> Video:
     size = _frame_size(args)
     pipeline = _pipeline(args, run)
     given = _read_given(args)
-    n_given = 0 if given is None else 1 + len(given) // FRAMES_PER_UNIT
+    n_given = 0 if given is None else 1 + len(given) // _unit_length(args)
     config = SamplingConfig(
         size=pipeline.latent_size(*size),
         n_units=_count_units(args),
+        frames_per_unit=args.frames_per_unit,
         first_steps=(args.steps,) * 3,
         steps=(args.video_steps,) * 3,
         guidance=guidance_of(args),
@@ -195,13 +214,13 @@ def _cache_policy(args: argparse.Namespace) -> CachePolicy:
 
 
 def _read_given(args: argparse.Namespace) -> Tensor | None:
-    """The frames that the video begins with, ``[1 + 8 k, h, w, 3]`` uint8."""
+    """The frames that the video begins with, the first and whole units, ``[T, h, w, 3]`` uint8."""
     if args.image is not None:
         return read_frames(args.image)[:1]
     if args.video is None:
         return None
     frames = read_frames(args.video)
-    return frames[(len(frames) - 1) % FRAMES_PER_UNIT :]
+    return frames[(len(frames) - 1) % _unit_length(args) :]
 
 
 def _n_hidden(args: argparse.Namespace, given: Tensor | None) -> int:

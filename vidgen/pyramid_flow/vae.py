@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.posterior import Posterior
+from vidgen.posterior import Posterior, check_volume
 
 from .vae_config import RELEASED, VAEConfig
 from .vae_layers import CausalConv3d, Decoder, Encoder, Stream
@@ -151,22 +151,14 @@ class CausalVideoVAE(nn.Module):
         return _check_window(window, multiple=self.config.temporal_factor)
 
     def _check_video(self, video: Tensor, is_start: bool = True) -> None:
-        _check_shape("video", video, self.config.encoder_in_channels)
+        check_volume("video", video, self.config.encoder_in_channels)
         factor, n_frames = self.config.temporal_factor, video.shape[2]
         if (n_frames - is_start) % factor:
             expected = f"{factor} k + 1" if is_start else f"a multiple of {factor}"
             raise ValueError(f"video: expected {expected} frames, got {n_frames}")
 
     def _check_latents(self, latents: Tensor, is_start: bool = True) -> None:
-        _check_shape("latents", latents, self.config.decoder_in_channels)
-
-
-def _check_shape(name: str, x: Tensor, n_channels: int) -> None:
-    if x.ndim != 5 or x.shape[1] != n_channels or 0 in x.shape[2:]:
-        shape = f"[B, {n_channels}, frames, height, width], none of them 0"
-        raise ValueError(f"{name}: expected {shape}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        check_volume("latents", latents, self.config.decoder_in_channels)
 
 
 def _check_window(window: int, multiple: int) -> int:

@@ -105,11 +105,6 @@ FROM_OURS = {name: rule for rule in RULES for name in rule.ours}
 LAYER = re.compile(r"\b(layers|\w+_list|adaLN_modulations|transformer_blocks)\.(\d+)\.")
 
 
-def is_sat(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict, without prefix, has the names of SAT."""
-    return any(key.startswith(("mixins.", "transformer.", "time_embed.")) for key in state)
-
-
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names of SAT, without prefix, to ours; other names stay."""
     found = {}

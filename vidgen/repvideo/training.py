@@ -21,8 +21,6 @@ from torch import Tensor
 
 from .transformer import CogVideoXTransformer
 
-TEXT_DROPOUT = 0.1  # how often the released models were trained without their prompt
-
 
 class Noised(NamedTuple):
     """What the model is given and asked for."""

@@ -62,7 +62,7 @@ def post_norm_residual_fwd(
     out, stats = empty_fwd(x, f)
     acc = stats.dtype
     weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    for batch, rows in chunks_of_rows(f):
+    for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
         weight_, bias_, gate_ = weight, bias, None
         if gate is not None and is_per_token(gate):
             gate_ = gate[batch, rows]
@@ -112,7 +112,7 @@ def post_norm_residual_bwd(
         sums_ = None if sums is None else sums[0]
         df = layer_norm_backward(do, f, *stats[..., None], weight, sums_)
         return df if need_f else results[0], results[1], results[2]
-    for batch, rows in chunks_of_rows(f):
+    for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
         mean, rstd = stats[:, batch, rows, None]
         f_, dn, factor = f[batch, rows], do[batch, rows], weight
         if norm == "rms" or is_per_token(gate):
@@ -133,7 +133,7 @@ def post_norm_residual_bwd(
     return results
 
 
-def chunks_of_rows(x: Tensor, n_elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, slice]]:
+def chunks_of_rows(x: Tensor, n_elements: int) -> Iterator[tuple[int, slice]]:
     n_batch, n_tokens, n_cols = x.shape
     step = max(1, n_elements // n_cols)
     for batch in range(n_batch):
