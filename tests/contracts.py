@@ -1,5 +1,6 @@
 """What the contract tests of all operators share: recorded calls, counted launches, peak memory."""
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,13 @@ class Recorder(TorchDispatchMode):
         if op.namespace == "vidgen":
             self.calls[op.name()] = (op, args, kwargs or {})
         return op(*args, **(kwargs or {}))
+
+
+def living_tensors() -> list[Tensor]:
+    """All that Python knows, but for what torch.func wraps: that has no storage of its own."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) is Tensor]
+    return [x for x in found if not torch._C._functorch.is_functorch_wrapped_tensor(x)]
 
 
 @contextmanager

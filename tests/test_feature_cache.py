@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.contracts import living_tensors
 from vidgen.ops import EAGER, FUSED
 from vidgen_kernels import CacheWindow, FeatureCache, Modulation, reference
 from vidgen_kernels.feature_cache import mix, n_entries, segment
@@ -466,9 +467,8 @@ def held_bytes(run: Callable[[], object]) -> int:
 
 def python_bytes() -> int:
     """What the tensors that Python knows hold."""
-    gc.collect()
-    tensors = (x for x in gc.get_objects() if type(x) is Tensor)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    storages = [x.untyped_storage() for x in living_tensors()]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(storages.values())
 
 

@@ -1,12 +1,12 @@
 """CogVideoX's and RepVideo's transformer: released sizes, agreement with diffusers, the cache."""
 
-import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.contracts import living_tensors
 from vidgen.ops import EAGER, FUSED, Ops
 from vidgen.repvideo import golden, golden_models
 from vidgen.repvideo.config import PRESETS, CogVideoXConfig
@@ -317,9 +317,7 @@ def kept(config: CogVideoXConfig, inputs: dict[str, Tensor], is_checkpointed: bo
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         y = model(**inputs)
-    gc.collect()
-    found = (x for x in gc.get_objects() if type(x) is Tensor)
-    storages |= {x.untyped_storage().data_ptr() for x in found if x.shape == shape}
+    storages |= {x.untyped_storage().data_ptr() for x in living_tensors() if x.shape == shape}
     y.sum().backward()  # with these hooks as well
     return len(storages)
 
