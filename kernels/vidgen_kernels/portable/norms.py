@@ -81,10 +81,10 @@ def small_layer_norm(
     return a, stack_stats(mean, rstd)
 
 
-def is_small(x: Tensor, *others: Tensor | None) -> bool:
-    """A cacheful of one wide dtype."""
+def is_small(x: Tensor, *others: Tensor | None, limit: int = CHUNK_ELEMENTS) -> bool:
+    """A cacheful, or ``limit`` elements, of one wide dtype."""
     dtype = x.dtype
-    if dtype not in (torch.float32, torch.float64) or x.numel() > CHUNK_ELEMENTS:
+    if dtype not in (torch.float32, torch.float64) or x.numel() > limit:
         return False
     return all([v is None or v.dtype == dtype for v in others])
 

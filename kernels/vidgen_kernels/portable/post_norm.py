@@ -20,6 +20,7 @@ from .norms import (
 )
 
 CHUNK_ELEMENTS = 2**19  # two passes alone: calls cost more than a larger cache saves
+WHOLE_ELEMENTS = 2**22  # up to here new memory for every chunk costs more than a cache saves
 
 
 def empty_fwd(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def post_norm_residual_fwd(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if norm == "layer" and is_small(f, x, gate, weight, bias):
+    if norm == "layer" and is_small(f, x, gate, weight, bias, limit=WHOLE_ELEMENTS):
         n, stats = small_layer_norm(f, weight, bias, None, None, eps)
         n = n.add_(x) if gate is None else torch.addcmul(x, n, gate, out=n)  # out: of n's strides
         return n, stats

@@ -11,7 +11,7 @@ from .norms import (
     normalize,
     normalize_again,
 )
-from .post_norm import chunks_of_rows
+from .post_norm import WHOLE_ELEMENTS, chunks_of_rows
 
 
 def empty_fwd(x: Tensor, f: Tensor, a_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +53,9 @@ def post_norm_adaln_fwd(
     next_eps: float,
     a_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if a_dtype == x.dtype and is_small(x, f, gate, scale, shift, weight, bias):
+    if a_dtype == x.dtype and is_small(
+        x, f, gate, scale, shift, weight, bias, limit=WHOLE_ELEMENTS
+    ):
         n, mean, rstd = normalize(f, weight, bias, False, eps)
         # into n: it is contiguous
         out = n.add_(x) if gate is None else torch.addcmul(x, n, gate, out=n)
