@@ -102,14 +102,17 @@ def post_norm_residual_bwd(
     need_gate: bool,
     need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = empty_bwd(do, f, stats, gate, weight, bias, norm, need_f, need_gate, need_sums)
+    acc = stats.dtype
+    is_whole = gate is None and norm == "layer" and do.dtype == f.dtype == acc and len(f) > 0
+    results = empty_bwd(
+        do, f, stats, gate, weight, bias, norm, need_f and not is_whole, need_gate, need_sums
+    )
     needs = need_f, need_gate, need_sums
     df, dgate, sums = (x if need else None for x, need in zip(results, needs, strict=True))
-    acc = stats.dtype
     weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
     if sums is not None:
         sums.zero_()
-    if gate is None and norm == "layer" and do.dtype == f.dtype == acc and len(f):
+    if is_whole:
         sums_ = None if sums is None else sums[0]
         df = layer_norm_backward(do, f, *stats[..., None], weight, sums_)
         return df if need_f else results[0], results[1], results[2]
