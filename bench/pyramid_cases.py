@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bench.model_case import (
     SAMPLING,
@@ -90,11 +89,7 @@ class PyramidTraining(PyramidStep, TokenStep):
 
     def widened(self, example: TrainingExample, dtype: torch.dtype) -> Callable[[Any], Tensor]:
         """Its columns too: a timestep that is rounded to 16 bits is another time."""
-
-        def widen(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-        columns, conditions = pytree.tree_map(widen, (example.columns(EAGER), example.conditions))
+        columns, conditions = super().widened((example.columns(EAGER), example.conditions), dtype)
         return lambda model: training_step(model, columns, conditions).loss
 
 

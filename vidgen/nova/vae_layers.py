@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.layers import FrameAttention
+
 from .vae_config import N_FRAME_STAGES, VAEConfig
 
 EPS = 1e-6
@@ -121,29 +123,12 @@ class ResnetBlock(nn.Module):
         return y
 
 
-class FrameAttention(nn.Module):
-    """Self-attention within each frame, one head of full width; the clip is normalised as one."""
-
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H * W, C]
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        y = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
-        return x + y.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
-
-
 class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.resnets = _resnets(channels, channels, 2, groups, is_3d=True)
-        self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
+        norm = nn.GroupNorm(groups, channels, EPS)  # the clip is normalised as one
+        self.attentions = nn.ModuleList([FrameAttention(channels, norm)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))

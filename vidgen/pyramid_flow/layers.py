@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.layers import FeedForward
 from vidgen.ops import Ops
 
 from .attention import Attention, JointAttention
@@ -116,26 +117,6 @@ class Modulation(nn.Module):
         rows = c.apply(self.linear) if isinstance(c, Condition) else self.linear(c)
         columns = [rows[i::n_columns].chunk(self.n_vectors, dim=-1) for i in range(n_columns)]
         return [list(vectors) for vectors in zip(*columns, strict=True)]
-
-
-class GELUProjection(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # the checkpoints' numbering: 1 was dropout
-        layers = (GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class DualBlock(nn.Module):

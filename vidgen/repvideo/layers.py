@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.layers import FeedForward
 from vidgen.ops import Modulation, Ops, QKVStream
 
 from .config import LAYER_NORM_EPS, QK_NORM_EPS, ROPE_THETA, CogVideoXConfig
@@ -134,26 +135,6 @@ class Attention(nn.Module):
             eps=QK_NORM_EPS,
             theta=ROPE_THETA,
         )
-
-
-class GELUProjection(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # the checkpoints' numbering: 1 was dropout
-        layers = (GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class Block(nn.Module):
