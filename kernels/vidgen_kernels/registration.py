@@ -1,6 +1,7 @@
 """From launchers to operators that autograd, torch.compile and fake tensors know."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch._ops import OpOverload
 
 from ._triton import is_interpreted
 
-# Not `torch.library.custom_op`: its checks of every call cost more than a small step takes.
+# Neither `torch.library.custom_op` nor `register_autograd`: what they check and flatten at every
+# call takes longer than a small step.
 LIBRARY = torch.library.Library("vidgen", "FRAGMENT")
+
+_NO_LIST = -1
 
 
 class Op:
@@ -27,9 +31,40 @@ class Op:
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
     ) -> None:
-        torch.library.register_autograd(
-            self.name, backward, setup_context=setup_context, lib=LIBRARY
-        )
+        """As `torch.library.register_autograd`: ``needs_input_grad`` and what ``backward`` returns
+        hold a list where the operator takes one; it gets one list where the operator returns one.
+        """
+        returns_list = str(self.overload._schema.returns[0].type) == "List[Tensor]"
+
+        def forward(ctx, keyset, lengths, *flat):
+            args = _nest(flat, lengths)
+            results = self._below_autograd(keyset, args)
+            ctx.lengths = lengths
+            ctx.needs_input_grad = _nest(ctx.needs_input_grad[2:], lengths)
+            if setup_context is not None:
+                setup_context(ctx, args, results)
+            return tuple(results) if returns_list else results
+
+        def backward_of_flat(ctx, *grads):
+            grads = (list(grads),) if returns_list else grads
+            return None, None, *_flatten(backward(ctx, *grads), ctx.lengths)
+
+        name = self.name.split("::")[1]
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
+        function: Any = type(name, (torch.autograd.Function,), members)
+
+        def on_autograd(keyset, *args):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                lengths = tuple([len(x) if isinstance(x, list) else _NO_LIST for x in args])
+                results = function.apply(keyset, lengths, *_flatten(args, lengths))
+                return list(results) if returns_list else results
+            return self._below_autograd(keyset, args)
+
+        LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
+
+    def _below_autograd(self, keyset, args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 OPS: dict[str, Op] = {}
@@ -81,6 +116,25 @@ def refuse_double_backward(backward_op: Op) -> None:
         raise NotImplementedError(f"{backward_op.name} has no double backward")
 
     backward_op.register_autograd(no_double_backward)
+
+
+def _flatten(args: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+    """The elements of lists in place of these; None stands for a list of None."""
+    flat = []
+    for x, n in zip(args, lengths, strict=True):
+        if n == _NO_LIST:
+            flat.append(x)
+        else:
+            flat += [None] * n if x is None else x
+    return flat
+
+
+def _nest(flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
+    """The inverse of `_flatten`."""
+    remaining = iter(flat)
+    return tuple(
+        [next(remaining) if n == _NO_LIST else list(islice(remaining, n)) for n in lengths]
+    )
 
 
 def _tensors(args: Iterable[Any]):
