@@ -82,15 +82,23 @@ def _portable_bwd(
     text_length, n_entries, norm, f_dtype, entries_dtype, sum_dtype, need_f, need_entries,
     need_scale, need_affine, per_sample,
 ):  # fmt: skip
-    results = empty_bwd(
-        dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale, weight, bias,
-        text_length, n_entries, norm, f_dtype, entries_dtype, sum_dtype, need_f, need_entries,
-        need_scale, need_affine, per_sample,
+    is_whole = (
+        norm == "layer" and cache_gate is None and not (gate or per_sample) and len(scale) < 2
+        and da is not None and da.dtype == y.dtype == stats.dtype
+        and (not scale or portable.is_small(y, *scale))
     )  # fmt: skip
-    is_plain = norm == "layer" and cache_gate is None and not (gate or scale or per_sample)
-    if is_plain and da is not None and da.dtype == y.dtype == stats.dtype:
-        sums = given(results[6])
-        return portable.layer_norm_gradients(sums, dh, da, dy, y, stats, weight), *results[1:]
+    results = empty_bwd(
+        dh, da, dtotal, dy, y[:, :0] if is_whole else y, stats, f, entries, cache_gate, gate, scale,
+        weight, bias, text_length, n_entries, norm, f_dtype, entries_dtype, sum_dtype, need_f,
+        need_entries, need_scale and not is_whole, need_affine, per_sample,
+    )  # fmt: skip
+    if is_whole:
+        _, df, dentries, dcache_gate, dgate, dscale, sums = results
+        dx, found = portable.layer_norm_gradients(
+            given(sums), dh, da, dy, y, stats, *scale or [None], weight, bias, need_scale
+        )
+        dscale = dscale if found is None else found
+        return dx, df, dentries, dcache_gate, dgate, dscale, sums
     portable.residual_norm_bwd(
         *map(given, results), dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale,
         weight, bias, text_length, n_entries, norm == "rms", sum_dtype, need_affine,
@@ -100,10 +108,6 @@ def _portable_bwd(
 
 forward_op = define_op("residual_norm_fwd", launch_fwd, _portable_fwd, empty_fwd)
 backward_op = define_op("residual_norm_bwd", launch_bwd, _portable_bwd, empty_bwd)
-
-
-# The tensor arguments of `forward_op`, in order.
-TENSORS = ("x", "f", "entries", "older", "cache_gate", "gate", "scale", "shift", "weight", "bias")
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -126,13 +130,13 @@ def _backward(ctx, dh, da, dtotal, dy, _):
     dh, da, dtotal, dy = (g if g is None else given(g) for g in (dh, da, dtotal, dy))
     y, stats, f, cache_gate, weight, bias, *rest = ctx.saved_tensors
     gate, scale, shift, entries = ([rest.pop(0) for _ in range(n)] for n in ctx.n_saved)
-    needs = {
-        name: any(need) if isinstance(need, list) else need
-        for name, need in zip(TENSORS, ctx.needs_input_grad, strict=False)
-    }
+    # x, f, entries, older, cache_gate, gate, scale, shift, weight, bias
+    _, need_f, need_entries, _, _, _, need_scale, need_shift, *need_weights = [
+        any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad[:10]
+    ]
     is_per_token = portable.has_vector_per_token([*gate, *scale, *shift])
-    of_columns = ("weight", "bias") if is_per_token else ("weight", "bias", "scale", "shift")
-    need_affine = da is not None and any(needs[name] for name in of_columns)
+    need_vectors = not is_per_token and (need_scale or need_shift)
+    need_affine = da is not None and (any(need_weights) or need_vectors)
     per_sample = not is_per_token and any(ctx.n_saved[:3])
     dx, df, dentries, dcache_gate, dgate, dscale, sums = map(
         given,
@@ -140,12 +144,12 @@ def _backward(ctx, dh, da, dtotal, dy, _):
             dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale, weight, bias,
             ctx.text_length, ctx.n_entries, ctx.norm, ctx.f_dtype,
             ctx.entry_dtypes[0] if ctx.entry_dtypes else y.dtype, ctx.sum_dtype,
-            needs["f"] and bool(gate), needs["entries"], needs["scale"] and da is not None,
+            need_f and bool(gate), need_entries, need_scale and da is not None,
             need_affine, per_sample,
         ),
     )  # fmt: skip
     dweight, dbias = None, None
-    if need_affine:
+    if need_affine and any(need_weights):
         assert sums is not None
         dweight, dbias = _gradients_of_weights(sums, [] if is_per_token else scale)
     if is_per_token:
@@ -159,24 +163,24 @@ def _backward(ctx, dh, da, dtotal, dy, _):
         dgates, dscales, dshifts = _gradients_of_vectors(sums, need_affine, weight, bias)
     return (
         dx,
-        _like(ctx.f_dtype, dx if df is None else df) if needs["f"] else None,
+        _like(ctx.f_dtype, dx if df is None else df) if need_f else None,
         [_like(dtype, dentries) for dtype in ctx.entry_dtypes],
         [None] * ctx.n_older,
         None if dcache_gate is None else dcache_gate.to(cache_gate.dtype).view(cache_gate.shape),
         [_like(v.dtype, g, len(v)) for v, g in zip(gate, dgates, strict=False)],
         [_like(v.dtype, g, len(v)) for v, g in zip(scale, dscales, strict=False)],
         [_like(v.dtype, g, len(v)) for v, g in zip(shift, dshifts, strict=False)],
-        None if weight is None else _like(weight.dtype, dweight),
-        None if bias is None else _like(bias.dtype, dbias),
+        _like(weight.dtype, dweight) if weight is not None else None,
+        _like(bias.dtype, dbias) if bias is not None else None,
         *[None] * 8,
     )
 
 
 def _gradients_of_weights(sums: Tensor, scale: list[Tensor]) -> tuple[Tensor, Tensor]:
     """dweight and dbias, from sums that lack the factor 1 + scale where ``scale`` is given."""
-    factors = [1 + v.to(sums.dtype) for v in scale] or [1.0, 1.0]
-    parts = [(factor * s[:, :2]).sum(dim=0) for factor, s in zip(factors, sums, strict=False)]
-    dbias, dweight = sum(parts[1:], start=parts[0])
+    sums = sums[:, :, :2]
+    parts = [s * (1 + v.to(s.dtype)) for v, s in zip(scale, sums, strict=False)] or [*sums]
+    dbias, dweight = sum(parts[1:], start=parts[0]).sum(dim=0)
     return dweight, dbias
 
 

@@ -227,15 +227,15 @@ def _backward(ctx, do, _):
     )  # fmt: skip
     dweight, dbias = None, None
     if need_sums:
-        sum_dn, sum_dn_xhat = sums[:, :1], sums[:, 1:]  # [B, 1, D]
-        if need_gate and not is_per_token:
-            dgate = sum_dn_xhat if weight is None else sum_dn_xhat * weight
-            dgate = dgate if bias is None else dgate + sum_dn * bias
-        factor = 1 if gate is None or is_per_token else gate
-        if weight is not None and need_weight:
-            dweight = (sum_dn_xhat * factor).sum(dim=(0, 1)).to(weight.dtype)
-        if bias is not None and need_bias:
-            dbias = (sum_dn * factor).sum(dim=(0, 1)).to(bias.dtype)
+        if gate is not None and not is_per_token:
+            if need_gate:
+                sum_dn, sum_dn_xhat = sums[:, :1], sums[:, 1:]  # [B, 1, D]
+                dgate = sum_dn_xhat if weight is None else sum_dn_xhat * weight
+                dgate = dgate if bias is None else dgate + sum_dn * bias
+            sums = sums * gate
+        sum_dbias, sum_dweight = sums.sum(dim=0)
+        dweight = sum_dweight.to(weight.dtype) if need_weight else None
+        dbias = sum_dbias.to(bias.dtype) if need_bias else None
     dgate = dgate.to(gate.dtype) if gate is not None and need_gate else None
     return do, df if need_f else None, dgate, dweight, dbias, None, None
 

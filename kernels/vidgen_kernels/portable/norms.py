@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**17  # half a MB in fp32
+WHOLE_ELEMENTS = 2**22  # up to here new memory for every chunk costs more than a cache saves
 
 _layer_norm = torch.native_layer_norm
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
@@ -72,19 +73,22 @@ def small_layer_norm(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`layer_norm`, modulated, where `is_small`: its calls cost more than they compute."""
     a, mean, rstd = _layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if scale is not None:
+    if scale is not None and scale.shape[1] != 1:
+        a.addcmul_(a, scale)  # no memory for 1 + scale of every token
+    elif scale is not None:
         scale = scale + 1
-        # out: of a's strides, not of the shift's
-        a = a.mul_(scale) if shift is None else torch.addcmul(shift, a, scale, out=a)
-    elif shift is not None:
-        a = a.add_(shift)
+        if shift is not None:  # rounded once, as where it is folded into LayerNorm's weights
+            return torch.addcmul(shift, a, scale, out=a), stack_stats(mean, rstd)
+        a.mul_(scale)
+    if shift is not None:
+        a.add_(shift)
     return a, stack_stats(mean, rstd)
 
 
-def is_small(x: Tensor, *others: Tensor | None, limit: int = CHUNK_ELEMENTS) -> bool:
-    """A cacheful, or ``limit`` elements, of one wide dtype."""
+def is_small(x: Tensor, *others: Tensor | None) -> bool:
+    """Few elements, of one wide dtype."""
     dtype = x.dtype
-    if dtype not in (torch.float32, torch.float64) or x.numel() > limit:
+    if dtype not in (torch.float32, torch.float64) or x.numel() > WHOLE_ELEMENTS:
         return False
     return all([v is None or v.dtype == dtype for v in others])
 
@@ -147,17 +151,26 @@ def layer_norm_gradients(
     dy: Tensor | None,
     h: Tensor,
     stats: Tensor,
+    scale: Tensor | None,
     weight: Tensor | None,
-) -> Tensor:
-    """dx of a LayerNorm without vectors, in one call; fills the sums [modalities, 1, 2, D]."""
+    bias: Tensor | None,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx and dscale of a LayerNorm whose ``scale``, if any, has a vector for every token; fills the
+    sums [modalities, 1, 2, D]. One pass over all rows."""
     mean, rstd = stats[..., None]
-    weight = None if weight is None else weight.to(stats.dtype)
+    weight, bias = (None if v is None else v.to(stats.dtype) for v in (weight, bias))
     if sums is not None:
         sums.zero_()
+    dscale = None
+    if scale is not None:
+        if need_scale:
+            dscale = normalize_again(h, mean, rstd, weight, bias).mul_(da)
+        da = torch.addcmul(da, da, scale)
     dx = layer_norm_backward(da, h, mean, rstd, weight, None if sums is None else sums[0, 0])
     for other in (dh, dy):
         dx = dx if other is None else dx.add_(other)
-    return dx
+    return dx, dscale
 
 
 def residual_norm_bwd(

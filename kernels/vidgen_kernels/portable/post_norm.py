@@ -20,7 +20,6 @@ from .norms import (
 )
 
 CHUNK_ELEMENTS = 2**19  # two passes alone: calls cost more than a larger cache saves
-WHOLE_ELEMENTS = 2**22  # up to here new memory for every chunk costs more than a cache saves
 
 
 def empty_fwd(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +55,7 @@ def post_norm_residual_fwd(
     norm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    if norm == "layer" and is_small(f, x, gate, weight, bias, limit=WHOLE_ELEMENTS):
+    if norm == "layer" and is_small(f, x, gate, weight, bias):
         n, stats = small_layer_norm(f, weight, bias, None, None, eps)
         n = n.add_(x) if gate is None else torch.addcmul(x, n, gate, out=n)  # out: of n's strides
         return n, stats
@@ -102,39 +101,62 @@ def post_norm_residual_bwd(
     need_gate: bool,
     need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc = stats.dtype
-    is_whole = gate is None and norm == "layer" and do.dtype == f.dtype == acc and len(f) > 0
-    results = empty_bwd(
-        do, f, stats, gate, weight, bias, norm, need_f and not is_whole, need_gate, need_sums
-    )
     needs = need_f, need_gate, need_sums
-    df, dgate, sums = (x if need else None for x, need in zip(results, needs, strict=True))
-    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    if sums is not None:
+    weight, bias = (None if v is None else v.to(stats.dtype) for v in (weight, bias))
+    is_shared = gate is not None and not is_per_token(gate)
+    if norm == "layer" and not is_shared and len(f) and is_small(f, do, gate, weight, bias):
+        df, dgate, sums = empty_bwd(do, f, stats, gate, weight, bias, norm, False, False, need_sums)
+        sums_ = sums.zero_()[0] if need_sums else None
+        df_, dgate_ = rows_backward(
+            do, f, *stats[..., None], gate, weight, bias, norm, needs, sums_
+        )
+        return df if df_ is None else df_, dgate if dgate_ is None else dgate_, sums
+    results = empty_bwd(do, f, stats, gate, weight, bias, norm, *needs)
+    df, dgate, sums = results
+    if need_sums:
         sums.zero_()
-    if is_whole:
-        sums_ = None if sums is None else sums[0]
-        df = layer_norm_backward(do, f, *stats[..., None], weight, sums_)
-        return df if need_f else results[0], results[1], results[2]
     for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
-        mean, rstd = stats[:, batch, rows, None]
-        f_, dn, factor = f[batch, rows], do[batch, rows], weight
-        if norm == "rms" or is_per_token(gate):
-            f_, dn = f_.to(acc), dn.to(acc)
-        if gate is not None and is_per_token(gate):
-            if dgate is not None:
-                n = normalize_again(f_, mean, rstd, weight, bias)
-                torch.mul(n, dn, out=dgate[batch, rows])
-            dn = dn * gate[batch, rows]
+        gate_, weight_ = gate, weight
+        if gate is not None and is_shared:
+            shared = gate[batch, 0].to(stats.dtype)
+            gate_, weight_ = None, shared if weight is None else weight * shared
         elif gate is not None:
-            shared = gate[batch, 0].to(acc)
-            factor = shared if weight is None else weight * shared
-        sums_ = None if sums is None else sums[batch]
-        backward = rms_norm_backward if norm == "rms" else layer_norm_backward
-        df_ = backward(dn, f_, mean, rstd, factor, sums_)
-        if df is not None:
-            df[batch, rows] = df_
+            gate_ = gate[batch, rows]
+        found = rows_backward(
+            do[batch, rows], f[batch, rows], *stats[:, batch, rows, None], gate_, weight_, bias,
+            norm, needs, sums[batch] if need_sums else None,
+        )  # fmt: skip
+        for x, of_rows in zip((df, dgate), found, strict=True):
+            if of_rows is not None:
+                x[batch, rows] = of_rows
     return results
+
+
+def rows_backward(
+    do: Tensor,
+    f: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gate: Tensor | None,  # of each row
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    needs: tuple[bool, bool, bool],
+    sums: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """df and dgate of all rows; adds what they give to ``sums`` [2, D]."""
+    need_f, need_gate, need_sums = needs
+    if norm == "rms" or gate is not None:
+        do, f = do.to(rstd.dtype), f.to(rstd.dtype)
+    dgate = None
+    if gate is not None:
+        dgate = normalize_again(f, mean, rstd, weight, bias).mul_(do) if need_gate else None
+        do = do * gate
+    if not (need_f or need_sums):
+        return None, dgate
+    backward = rms_norm_backward if norm == "rms" else layer_norm_backward
+    df = backward(do, f, mean, rstd, weight, sums)
+    return df if need_f else None, dgate
 
 
 def chunks_of_rows(x: Tensor, n_elements: int) -> Iterator[tuple[int, slice]]:

@@ -11,7 +11,7 @@ from .norms import (
     normalize,
     normalize_again,
 )
-from .post_norm import WHOLE_ELEMENTS, chunks_of_rows
+from .post_norm import chunks_of_rows
 
 
 def empty_fwd(x: Tensor, f: Tensor, a_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,9 +53,7 @@ def post_norm_adaln_fwd(
     next_eps: float,
     a_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if a_dtype == x.dtype and is_small(
-        x, f, gate, scale, shift, weight, bias, limit=WHOLE_ELEMENTS
-    ):
+    if a_dtype == x.dtype and is_small(x, f, gate, scale, shift, weight, bias):
         n, mean, rstd = normalize(f, weight, bias, False, eps)
         # into n: it is contiguous
         out = n.add_(x) if gate is None else torch.addcmul(x, n, gate, out=n)
@@ -94,37 +92,62 @@ def post_norm_adaln_bwd(
     need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs = need_x, need_f, need_gate, need_scale, need_sums
-    results = empty_bwd(dout, da, out, f, stats, gate, scale, weight, bias, *needs)
-    dx, df, dgate, dscale, sums = (
-        x if need else None for x, need in zip(results, needs, strict=True)
-    )
-    acc = stats.dtype
-    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    if sums is not None:
-        sums.zero_()
+    weight, bias = (None if v is None else v.to(stats.dtype) for v in (weight, bias))
+    is_whole = is_small(out, dout, da, f, gate, scale, weight, bias)
+    filled = needs if not is_whole else (False, False, False, False, need_sums)
+    results = empty_bwd(dout, da, out, f, stats, gate, scale, weight, bias, *filled)
+    sums = results[4].zero_() if need_sums else None
+    if is_whole:
+        found = rows_backward(
+            dout, da, out, f, stats[..., None], gate, scale, weight, bias, needs, sums
+        )
+        parts = zip(results, (*found, sums), strict=True)
+        return tuple(x if part is None else part for x, part in parts)
     for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
-        dout_ = None if dout is None else dout[batch, rows].to(acc)
-        if da is not None:
-            da_, out_ = da[batch, rows].to(acc), out[batch, rows].to(acc)
-            mean, rstd = stats[2:, batch, rows, None]
-            if dscale is not None:
-                n = normalize_again(out_, mean, rstd, None, None)
-                torch.mul(n, da_, out=dscale[batch, rows])
-            da_ = da_ * (scale[batch, rows].to(acc) + 1)
-            through_norm = layer_norm_backward(da_, out_, mean, rstd, None, None)
-            dout_ = through_norm if dout_ is None else through_norm.add_(dout_)
-        assert dout_ is not None
-        if dx is not None:
-            dx[batch, rows] = dout_
-        if df is None and dgate is None and sums is None:
-            continue
-        mean, rstd = stats[:2, batch, rows, None]
-        f_ = f[batch, rows].to(acc)
-        if dgate is not None:
-            n = normalize_again(f_, mean, rstd, weight, bias)
-            torch.mul(n, dout_, out=dgate[batch, rows])
-        dn = dout_ if gate is None else dout_ * gate[batch, rows]
-        df_ = layer_norm_backward(dn, f_, mean, rstd, weight, sums)
-        if df is not None:
-            df[batch, rows] = df_
+        dout_, da_, out_, f_, gate_, scale_ = (
+            None if x is None else x[batch, rows] for x in (dout, da, out, f, gate, scale)
+        )
+        found = rows_backward(
+            dout_, da_, out_, f_, stats[:, batch, rows, None], gate_, scale_, weight, bias,
+            needs, sums,
+        )  # fmt: skip
+        for x, of_rows in zip(results, found, strict=False):
+            if of_rows is not None:
+                x[batch, rows] = of_rows
     return results
+
+
+def rows_backward(
+    dout: Tensor | None,
+    da: Tensor | None,
+    out: Tensor,
+    f: Tensor,
+    stats: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needs: tuple[bool, bool, bool, bool, bool],
+    sums: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, df, dgate and dscale of all rows; adds what they give to ``sums`` [2, D]."""
+    need_x, need_f, need_gate, need_scale, need_sums = needs
+    acc = stats.dtype
+    mean, rstd, next_mean, next_rstd = stats
+    df, dgate, dscale = None, None, None
+    dx = None if dout is None else dout.to(acc)
+    if da is not None:
+        da, out = da.to(acc), out.to(acc)
+        if need_scale:
+            dscale = normalize_again(out, next_mean, next_rstd, None, None).mul_(da)
+        da = torch.addcmul(da, da, scale)
+        through_norm = layer_norm_backward(da, out, next_mean, next_rstd, None, None)
+        dx = through_norm if dx is None else through_norm.add_(dx)
+    assert dx is not None
+    f = f.to(acc)
+    if need_gate:
+        dgate = normalize_again(f, mean, rstd, weight, bias).mul_(dx)
+    if need_f or need_sums:
+        dn = dx if gate is None else dx * gate
+        df = layer_norm_backward(dn, f, mean, rstd, weight, sums)
+    return dx if need_x else None, df if need_f else None, dgate, dscale
