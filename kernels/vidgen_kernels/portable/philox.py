@@ -18,6 +18,7 @@ WORD = 0xFFFFFFFF
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     """Four random words of each counter: four words, int64 ``[N]`` with values below 2^32."""
     c0, c1, c2, c3 = counter
+    del counter  # its memory is for the next round
     k0, k1 = key
     for _ in range(ROUNDS):
         p0, p2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
@@ -26,24 +27,33 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
         c1, c3 = p2, p0
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
-    return [c0, c1 & WORD, c2, c3 & WORD]
+    return [c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)]
 
 
 def uniforms(seed: int, first: int, n: int) -> list[Tensor]:
     """Four fp64 ``[n]``, odd multiples of 2^-24, of the counters ``first, first + 1, ...``."""
+    words = philox4x32(_counter(first, n), (seed & WORD, (seed >> 32) & WORD))
+    words.reverse()
+    found = []
+    while words:  # each gives way to what is made of it
+        found.append(words.pop().bitwise_right_shift_(9).double().add_(0.5).mul_(2.0**-23))
+    return found
+
+
+def _counter(first: int, n: int) -> list[Tensor]:
     index = torch.arange(first, first + n)
     zero = torch.zeros_like(index)
-    counter = [index & WORD, (index >> 32) & WORD, zero, zero]
-    words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
-    return [(word >> 9).double().add_(0.5).mul_(2.0**-23) for word in words]
+    high = (index >> 32).bitwise_and_(WORD)
+    return [index.bitwise_and_(WORD), high, zero, zero]
 
 
 def normals(seed: int, first: int, n: int) -> list[Tensor]:
     """Four fp32 ``[n]``, two pairs of Box and Muller, of the counters ``first, first + 1, ...``."""
-    found = []
-    u = uniforms(seed, first, n)
-    for size, turns in ((u[0], u[1]), (u[2], u[3])):
-        radius = size.log_().mul_(-2.0).sqrt_()
-        angle = turns.mul_(2 * math.pi)
-        found += [radius * angle.cos(), radius * angle.sin()]
-    return [x.float() for x in found]
+    u0, u1, u2, u3 = uniforms(seed, first, n)
+    return [*_box_muller(u0, u1), *_box_muller(u2, u3)]
+
+
+def _box_muller(u: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    radius = u.log_().mul_(-2.0).sqrt_()
+    angle = turns.mul_(2 * math.pi)
+    return angle.cos().mul_(radius).float(), angle.sin_().mul_(radius).float()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .norms import (
+    CHUNK_ELEMENTS,
     fill_stats,
     is_small,
     layer_norm_backward,
@@ -18,8 +19,6 @@ from .norms import (
     rms_norm_backward,
     small_layer_norm,
 )
-
-CHUNK_ELEMENTS = 2**19  # two passes alone: calls cost more than a larger cache saves
 
 
 def empty_fwd(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +103,8 @@ def post_norm_residual_bwd(
     needs = need_f, need_gate, need_sums
     weight, bias = (None if v is None else v.to(stats.dtype) for v in (weight, bias))
     is_shared = gate is not None and not is_per_token(gate)
-    if norm == "layer" and not is_shared and len(f) and is_small(f, do, gate, weight, bias):
+    is_whole = norm == "layer" and do.dtype == f.dtype == stats.dtype and len(f) > 0
+    if is_whole and (gate is None or (not is_shared and is_small(f, gate))):
         df, dgate, sums = empty_bwd(do, f, stats, gate, weight, bias, norm, False, False, need_sums)
         sums_ = sums.zero_()[0] if need_sums else None
         df_, dgate_ = rows_backward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .philox import normals
 
-CHUNK = 1 << 16  # pixels of the higher resolution
+CHUNK = 1 << 19  # pixels of the higher resolution
 
 
 def downsample_fwd(x: Tensor, factor: float) -> Tensor:

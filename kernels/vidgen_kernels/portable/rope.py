@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 2**16  # elements of q: 256 KB in fp32
+CHUNK = 2**18  # elements of q: 1 MB in fp32
 
 Part = list[Tensor]
 Vector = Tensor | None
