@@ -159,6 +159,23 @@ def test_gradient_of_either_output(use: str, dtype: torch.dtype) -> None:
     check(RECIPES["teacher"], dtype=dtype, use=use)
 
 
+# hidden keys may overflow before they are masked; the interpreter warns, the result is exact
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_lse_of_a_row_that_sees_nothing_is_constant(dtype: torch.dtype) -> None:
+    """Partial results that are joined by logaddexp give it a gradient of nan."""
+    dense = dense_mask(RECIPES["ranks"])
+    is_empty = ~dense.any(dim=-1)
+    assert is_empty.any()
+    qkv = [x.requires_grad_() for x in random_qkv(dense, dtype=dtype)]
+    out, lse = attend(build_mask(RECIPES["ranks"]))(*qkv)
+    do, dlse = torch.randn_like(out), torch.randn_like(lse)
+    expected = torch.autograd.grad([out, lse], qkv, [do, dlse], retain_graph=True)
+    dlse = dlse.masked_fill(lse == float("-inf"), float("nan"))
+    for a, b in zip(torch.autograd.grad([out, lse], qkv, [do, dlse]), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0, 0.0, 1e-3, 2, 3.0])
 def test_softmax_scales(scale: float) -> None:
     check(RECIPES["text"], softmax_scale=scale)

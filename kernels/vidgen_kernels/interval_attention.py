@@ -476,6 +476,8 @@ def register_autograd(forward_op: Op, backward_op: Op) -> None:
     def backward(ctx, do, dlse):
         out, lse, q, k, v, *tables = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else do
+        # the constant lse of a row that sees nothing; logaddexp of two such would give it nan
+        dlse = None if dlse is None else dlse.masked_fill(lse == float("-inf"), 0.0)
         grads = backward_op(do, dlse, q, k, v, out, lse, *tables, ctx.softmax_scale)
         return *grads, *[None] * (len(tables) + 1)
 
