@@ -52,7 +52,7 @@ REPEATED = ("segment_n1", "segment_n2", "mix_n2", "mix_n6", "ddim_step")
 IN_FP64 = ("segment_n6", "qk_norm_rope_joint", "renoise_drawn", "dpm_step")
 # What no model has, but a configuration is there for.
 OTHER_ROWS = {
-    "residual_norm_affine": [{"hidden": 1024}],
+    "residual_norm_affine": [{"hidden": 1024}, {"hidden": 8192}],
     "post_norm": [{"hidden": 3072}, {"hidden": 8192}],
     "post_norm_adaln": [{"hidden": 1024}, {"hidden": 3072}],
     "qk_norm_rope_joint": [

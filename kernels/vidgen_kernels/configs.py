@@ -153,11 +153,13 @@ ROW_WISE: dict[str, dict[int, dict[int, RowConfig]]] = {
         1024: {80: R(1, 16, num_warps=4)},
         2048: {80: R(1, 16, num_warps=8)},
         4096: {80: R(1, 16, num_warps=8)},
+        8192: {80: R(1, 16, num_warps=16)},
     },
     "residual_norm_bwd": {
         1024: {80: R(1, 32, num_warps=4)},
         2048: {80: R(1, 32, num_warps=8)},
         4096: {80: R(1, 32, num_warps=16)},
+        8192: {80: R(1, 32, num_warps=32)},
     },
 }
 
