@@ -61,7 +61,7 @@ class Subject:
     def candidates(self) -> list[Any]:
         """Configurations worth a try; compiling finds out what does not fit the GPU."""
         if self.lookup == "lookup":
-            return attention_candidates(self.kernel)
+            return attention_candidates(self.kernel, self.size)
         if self.lookup == "lookup_rows":
             return row_candidates(self.size)
         return block_candidates(1 if self.lookup == "lookup_block" else 4)
@@ -93,11 +93,12 @@ class Subject:
             yield
 
 
-def attention_candidates(kernel: str) -> list[configs.LaunchConfig]:
+def attention_candidates(kernel: str, head_dim: int) -> list[configs.LaunchConfig]:
     rows, columns = (
         ((32, 64, 128), (64, 128)) if kernel == "dkdv" else ((64, 128, 256), (32, 64, 128))
     )
-    grid = product(rows, columns, (4, 8), (2, 3))
+    blocks = (64, 128) if head_dim == 128 else (64,)
+    grid = product(rows, columns, (4, 8), (2, 3), blocks)
     found = [configs.LaunchConfig(*c) for c in grid]
     # 16 rows per warp at least, and 32 KB of scores in registers at most
     return [

@@ -20,8 +20,10 @@ class LaunchConfig:
     block_n: int  # keys per tile
     num_warps: int
     num_stages: int
+    block_d: int = 256  # columns per block of a head's tile (`head_tiles`)
 
     def kwargs(self) -> dict[str, int]:
+        """All but block_d, which goes with the head dim."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -31,31 +33,30 @@ class LaunchConfig:
 
 
 C = LaunchConfig
-INTERPRETER = C(
-    16, 16, num_warps=4, num_stages=1
-)  # small tiles: short sequences still have several
+# small tiles and blocks: short sequences and heads still have several
+INTERPRETER = C(16, 16, num_warps=4, num_stages=1, block_d=64)
 
 # {(kernel, bits of the dtype): {largest head dim: {oldest architecture: configuration}}}
-# 96 has rows of its own: loads of tiles that are not full cost registers.
+# Head dims up to 96 are blocks of 64 and 32 columns; two of 64 keep more of 128 in registers.
 INTERVAL_ATTENTION = {
     ("fwd", 16): {
         32: {80: C(128, 64, 4, 3)},
         64: {80: C(128, 64, 4, 3), 90: C(128, 128, 8, 2)},
-        96: {80: C(128, 32, 4, 3), 90: C(128, 128, 8, 2)},
-        128: {80: C(256, 32, 8, 3), 90: C(128, 128, 8, 2)},
+        96: {80: C(128, 64, 4, 3, 64), 90: C(128, 128, 8, 2, 64)},
+        128: {80: C(256, 32, 8, 3, 64), 90: C(128, 128, 8, 2)},
         256: {80: C(64, 64, 8, 2), 90: C(128, 64, 8, 2)},
     },
     ("dq", 16): {
         32: {80: C(128, 32, 4, 3), 90: C(128, 64, 8, 2)},
         64: {80: C(128, 32, 4, 3), 90: C(128, 128, 8, 2)},
-        96: {80: C(128, 32, 8, 3), 90: C(128, 64, 8, 2)},
+        96: {80: C(128, 32, 4, 3, 64), 90: C(128, 128, 8, 2, 64)},
         128: {80: C(128, 64, 8, 3), 90: C(128, 64, 8, 2)},
         256: {80: C(64, 64, 8, 2), 90: C(128, 32, 8, 2)},
     },
     ("dkdv", 16): {
         32: {80: C(32, 128, 4, 3), 90: C(64, 128, 8, 2)},
         64: {80: C(32, 128, 4, 3), 90: C(64, 128, 8, 2)},
-        96: {80: C(128, 64, 8, 2), 90: C(32, 128, 8, 2)},
+        96: {80: C(32, 64, 4, 2, 64), 90: C(64, 128, 8, 2, 64)},
         128: {80: C(32, 128, 8, 2), 90: C(64, 128, 8, 2)},
         256: {80: C(64, 64, 8, 2), 90: C(32, 32, 4, 2)},
     },

@@ -34,8 +34,21 @@ from ._triton import (
     dot_precision,
     scalar,
 )
-from .configs import lookup
+from .configs import LaunchConfig, lookup
 from .front_door import prepare, resolve_scale
+from .head_tiles import (
+    add_product,
+    block_widths,
+    column_blocks,
+    head_ptr,
+    load_tile,
+    scale_rows,
+    scores,
+    store_tile,
+    sum_of_products,
+    tile_ptrs,
+    zero_tile,
+)
 from .intervals import IntervalMask
 from .portable import attention as portable
 from .registration import Op, define_op, refuse_double_backward
@@ -45,43 +58,10 @@ SIZES = ("n_heads", "n_kv_heads", "n_queries", "n_keys")
 
 
 @triton.jit
-def _head_ptr(ptr, head, n_heads, stride):
-    """First token of a head; ``head`` counts over all batch rows."""
-    batch = (head // n_heads).to(tl.int64)
-    return ptr + batch * stride[0] + (head % n_heads).to(tl.int64) * stride[1]
-
-
-@triton.jit
-def _tile_ptrs(ptr, head, n_heads, stride, offs_t, offs_d):
-    """Pointers [rows, BLOCK_D] to tokens ``offs_t`` of a head; offsets are 64-bit."""
-    head_ptr = _head_ptr(ptr, head, n_heads, stride)
-    return head_ptr + offs_t.to(tl.int64)[:, None] * stride[2] + offs_d[None, :]
-
-
-@triton.jit
-def _load_tile(ptrs, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MASK: tl.constexpr):
-    """Rows [rows, BLOCK_D], zeros past ``HEAD_DIM`` and, with ``MASK``, past ``n_tokens``."""
-    if MASK:
-        mask = (offs_t < n_tokens)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        x = tl.load(ptrs, mask=mask, other=0.0)
-    elif offs_d.shape[0] == HEAD_DIM:
-        x = tl.load(ptrs)
-    else:
-        x = tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-    return x
-
-
-@triton.jit
 def _load_rows(ptr, offs_t, n_tokens, MASK: tl.constexpr):
     """A number per row, 0 past ``n_tokens``: what is left unsaid may be NaN, also times 0."""
     mask = offs_t < n_tokens if MASK else None
     return tl.load(ptr + offs_t, mask=mask, other=0.0 if MASK else None)
-
-
-@triton.jit
-def _store_tile(ptrs, x, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr):
-    mask = (offs_t < n_tokens)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(ptrs, x.to(ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -114,10 +94,9 @@ def _fwd_tile(
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step over the keys ``start + offs_n``; m_i is in log2 units."""
-    k = _load_tile(
-        k_ptrs + start.to(tl.int64) * stride_kt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
-    )
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)
+    k_offset = start.to(tl.int64) * stride_kt
+    k = load_tile(k_ptrs, k_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    qk = scores(q, k, l_i.dtype, PRECISION)
     if MASK:
         qk = tl.where(_is_inside(start + offs_n, begin, end), qk, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
@@ -126,12 +105,9 @@ def _fwd_tile(
     p = tl.exp2(qk * scale - shift[:, None])
     alpha = tl.exp2(m_i - shift)
     l_i = l_i * alpha + tl.sum(p, 1)
-    v = _load_tile(
-        v_ptrs + start.to(tl.int64) * stride_vt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
-    )
-    acc = tl.dot(
-        p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=acc.dtype
-    )
+    v_offset = start.to(tl.int64) * stride_vt
+    v = load_tile(v_ptrs, v_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    acc = add_product(scale_rows(acc, alpha), p, v, l_i.dtype, PRECISION)
     return acc, l_i, m_new
 
 
@@ -142,7 +118,8 @@ def _interval_attention_fwd_kernel(
     stride_q, stride_k, stride_v, stride_out, stride_table,
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LAST_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INTERVALS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n_tiles_m = tl.cdiv(n_queries, BLOCK_M)
@@ -152,16 +129,16 @@ def _interval_attention_fwd_kernel(
     pid_m = n_tiles_m - 1 - pid % n_tiles_m  # the last queries see the most keys: heavy tiles first
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = column_blocks(HEAD_DIM, BLOCK_D, LAST_D)
     scale = scalar(softmax_scale, ACC) * LOG2E
 
-    q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
-    k_ptrs = _tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
-    v_ptrs = _tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    q_ptrs = tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
+    k_ptrs = tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
+    v_ptrs = tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
     table_offset = (head // n_heads).to(tl.int64) * stride_table[1]
-    q = _load_tile(q_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    q = load_tile(q_ptrs, 0, offs_m, n_queries, offs_d, HEAD_DIM, True)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    acc = zero_tile(BLOCK_M, offs_d, ACC)
     l_i = tl.zeros([BLOCK_M], ACC)
     m_i = tl.full([BLOCK_M], float("-inf"), ACC)
     for i in range(INTERVALS):
@@ -183,10 +160,10 @@ def _interval_attention_fwd_kernel(
             )  # fmt: skip
 
     is_empty = l_i == 0.0
-    acc = acc / tl.where(is_empty, 1.0, l_i)[:, None]
-    lse = tl.where(is_empty, float("-inf"), m_i * LN2 + tl.log(tl.where(is_empty, 1.0, l_i)))
-    out_ptrs = _tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
-    _store_tile(out_ptrs, acc, offs_m, n_queries, offs_d, HEAD_DIM)
+    l_i = tl.where(is_empty, 1.0, l_i)
+    lse = tl.where(is_empty, float("-inf"), m_i * LN2 + tl.log(l_i))
+    out_ptrs = tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
+    store_tile(out_ptrs, acc, 1.0 / l_i[:, None], offs_m, n_queries, offs_d, HEAD_DIM)
     tl.store(lse_ptr + head.to(tl.int64) * n_queries + offs_m, lse, mask=offs_m < n_queries)
 
 
@@ -196,19 +173,15 @@ def _dq_tile(
     begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    k = _load_tile(
-        k_ptrs + start.to(tl.int64) * stride_kt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
-    )
-    v = _load_tile(
-        v_ptrs + start.to(tl.int64) * stride_vt, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK
-    )
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)
+    k_offset, v_offset = start.to(tl.int64) * stride_kt, start.to(tl.int64) * stride_vt
+    k = load_tile(k_ptrs, k_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    v = load_tile(v_ptrs, v_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    qk = scores(q, k, delta.dtype, PRECISION)
     p = tl.exp2(qk * scale - lse2[:, None])
     if MASK:
         p = tl.where(_is_inside(start + offs_n, begin, end), p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+    ds = p * (scores(do, v, delta.dtype, PRECISION) - delta[:, None])
+    return add_product(dq, ds, k, delta.dtype, PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -219,7 +192,8 @@ def _interval_attention_bwd_dq_kernel(
     stride_q, stride_k, stride_v, stride_out, stride_do, stride_dq, stride_dlse, stride_table,
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LAST_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INTERVALS: tl.constexpr, HAS_DLSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries; also writes lse in log2 units and delta, which dK/dV reads."""
@@ -230,31 +204,31 @@ def _interval_attention_bwd_dq_kernel(
     pid_m = n_tiles_m - 1 - pid % n_tiles_m
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = column_blocks(HEAD_DIM, BLOCK_D, LAST_D)
     scale = scalar(softmax_scale, ACC) * LOG2E
 
-    do_ptrs = _tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
-    do = _load_tile(do_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
-    out_ptrs = _tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
-    out = _load_tile(out_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
-    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)
+    do_ptrs = tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
+    do = load_tile(do_ptrs, 0, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    out_ptrs = tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
+    out = load_tile(out_ptrs, 0, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    delta = sum_of_products(do, out, ACC)
     row = head.to(tl.int64) * n_queries + offs_m
     if HAS_DLSE:
         dlse_ptrs = (
-            _head_ptr(dlse_ptr, head, n_heads, stride_dlse) + offs_m.to(tl.int64) * stride_dlse[2]
+            head_ptr(dlse_ptr, head, n_heads, stride_dlse) + offs_m.to(tl.int64) * stride_dlse[2]
         )
         delta -= tl.load(dlse_ptrs, mask=offs_m < n_queries, other=0.0)
     lse2 = tl.load(lse_ptr + row, mask=offs_m < n_queries, other=0.0) * LOG2E
     tl.store(delta_ptr + row, delta, mask=offs_m < n_queries)
     tl.store(lse2_ptr + row, lse2, mask=offs_m < n_queries)
 
-    q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
-    q = _load_tile(q_ptrs, offs_m, n_queries, offs_d, HEAD_DIM, True)
-    k_ptrs = _tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
-    v_ptrs = _tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    q_ptrs = tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
+    q = load_tile(q_ptrs, 0, offs_m, n_queries, offs_d, HEAD_DIM, True)
+    k_ptrs = tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
+    v_ptrs = tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
     table_offset = (head // n_heads).to(tl.int64) * stride_table[1]
 
-    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    dq = zero_tile(BLOCK_M, offs_d, ACC)
     for i in range(INTERVALS):
         table = i * stride_table[0] + table_offset
         begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
@@ -273,8 +247,9 @@ def _interval_attention_bwd_dq_kernel(
                 begin, end, scale, HEAD_DIM, PRECISION, False,
             )  # fmt: skip
 
-    dq_ptrs = _tile_ptrs(dq_ptr, head, n_heads, stride_dq, offs_m, offs_d)
-    _store_tile(dq_ptrs, dq * scalar(softmax_scale, ACC), offs_m, n_queries, offs_d, HEAD_DIM)
+    dq_ptrs = tile_ptrs(dq_ptr, head, n_heads, stride_dq, offs_m, offs_d)
+    scale = scalar(softmax_scale, ACC)
+    store_tile(dq_ptrs, dq, scale, offs_m, n_queries, offs_d, HEAD_DIM)
 
 
 @triton.jit
@@ -285,22 +260,18 @@ def _dkdv_tile(
 ):  # fmt: skip
     """Adds what queries ``start + offs_m`` give to a tile of keys; scores are [keys, queries]."""
     query = start + offs_m
-    q = _load_tile(
-        q_ptrs + start.to(tl.int64) * stride_qt, query, n_queries, offs_d, HEAD_DIM, MASK
-    )
-    do = _load_tile(
-        do_ptrs + start.to(tl.int64) * stride_dot, query, n_queries, offs_d, HEAD_DIM, MASK
-    )
+    q_offset, do_offset = start.to(tl.int64) * stride_qt, start.to(tl.int64) * stride_dot
+    q = load_tile(q_ptrs, q_offset, query, n_queries, offs_d, HEAD_DIM, MASK)
+    do = load_tile(do_ptrs, do_offset, query, n_queries, offs_d, HEAD_DIM, MASK)
     lse2 = _load_rows(lse2_ptr, query, n_queries, MASK)
     delta = _load_rows(delta_ptr, query, n_queries, MASK)
-    kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
+    kq = scores(k, q, delta.dtype, PRECISION)
     p = tl.exp2(kq * scale - lse2[None, :])
     if MASK:
         p = tl.where(_is_inside(query, begin, end), p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dk.dtype)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    dv = add_product(dv, p, do, delta.dtype, PRECISION)
+    ds = p * (scores(v, do, delta.dtype, PRECISION) - delta[None, :])
+    dk = add_product(dk, ds, q, delta.dtype, PRECISION)
     return dk, dv
 
 
@@ -311,7 +282,8 @@ def _interval_attention_bwd_dkdv_kernel(
     stride_q, stride_k, stride_v, stride_do, stride_dk, stride_dv, stride_table,
     n_heads, n_kv_heads, n_queries, n_keys,
     softmax_scale: tl.float64,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LAST_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr, INTERVALS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a tile of keys, summed over the query heads that share it."""
@@ -321,21 +293,21 @@ def _interval_attention_bwd_dkdv_kernel(
     pid_n = pid % n_tiles_n  # the first keys are seen by the most queries: heavy tiles first
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = column_blocks(HEAD_DIM, BLOCK_D, LAST_D)
     scale = scalar(softmax_scale, ACC) * LOG2E
 
-    k_ptrs = _tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
-    v_ptrs = _tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
-    k = _load_tile(k_ptrs, offs_n, n_keys, offs_d, HEAD_DIM, True)
-    v = _load_tile(v_ptrs, offs_n, n_keys, offs_d, HEAD_DIM, True)
+    k_ptrs = tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
+    v_ptrs = tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    k = load_tile(k_ptrs, 0, offs_n, n_keys, offs_d, HEAD_DIM, True)
+    v = load_tile(v_ptrs, 0, offs_n, n_keys, offs_d, HEAD_DIM, True)
     table_offset = (kv_head // n_kv_heads).to(tl.int64) * stride_table[1]
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dk = zero_tile(BLOCK_N, offs_d, ACC)
+    dv = zero_tile(BLOCK_N, offs_d, ACC)
     for g in range(GROUP):
         head = kv_head * GROUP + g
-        q_ptrs = _tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
-        do_ptrs = _tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
+        q_ptrs = tile_ptrs(q_ptr, head, n_heads, stride_q, offs_m, offs_d)
+        do_ptrs = tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
         row_offset = head.to(tl.int64) * n_queries
         for i in range(INTERVALS):
             table = i * stride_table[0] + table_offset
@@ -355,10 +327,11 @@ def _interval_attention_bwd_dkdv_kernel(
                     n_queries, begin, end, scale, HEAD_DIM, PRECISION, False,
                 )  # fmt: skip
 
-    dk_ptrs = _tile_ptrs(dk_ptr, kv_head, n_kv_heads, stride_dk, offs_n, offs_d)
-    dv_ptrs = _tile_ptrs(dv_ptr, kv_head, n_kv_heads, stride_dv, offs_n, offs_d)
-    _store_tile(dk_ptrs, dk * scalar(softmax_scale, ACC), offs_n, n_keys, offs_d, HEAD_DIM)
-    _store_tile(dv_ptrs, dv, offs_n, n_keys, offs_d, HEAD_DIM)
+    dk_ptrs = tile_ptrs(dk_ptr, kv_head, n_kv_heads, stride_dk, offs_n, offs_d)
+    dv_ptrs = tile_ptrs(dv_ptr, kv_head, n_kv_heads, stride_dv, offs_n, offs_d)
+    scale = scalar(softmax_scale, ACC)
+    store_tile(dk_ptrs, dk, scale, offs_n, n_keys, offs_d, HEAD_DIM)
+    store_tile(dv_ptrs, dv, 1.0, offs_n, n_keys, offs_d, HEAD_DIM)
 
 
 def _launch_fwd(
@@ -373,7 +346,7 @@ def _launch_fwd(
             *(x.stride()[:3] for x in (q, k, v, out)),
             _table_strides(begin),
             *_sizes(q, k), softmax_scale,
-            **_constants(q, begin), **config.kwargs(),
+            **_constants(q, begin, config), **config.kwargs(),
         )  # fmt: skip
     return out, lse
 
@@ -393,7 +366,7 @@ def _launch_bwd(
             *(x.stride()[:3] for x in (q, k, v, out, do, dq, lse if dlse is None else dlse)),
             _table_strides(q_begin),
             *_sizes(q, k), softmax_scale, HAS_DLSE=dlse is not None,
-            **_constants(q, q_begin), **config.kwargs(),
+            **_constants(q, q_begin, config), **config.kwargs(),
         )  # fmt: skip
     config = lookup("dkdv", q.shape[-1], q.dtype, architecture(q))
     grid = (triton.cdiv(k.shape[2], config.block_n) * k.shape[0] * k.shape[1],)
@@ -403,7 +376,7 @@ def _launch_bwd(
             *(x.stride()[:3] for x in (q, k, v, do, dk, dv)),
             _table_strides(k_begin),
             *_sizes(q, k), softmax_scale, GROUP=q.shape[1] // k.shape[1],
-            **_constants(q, k_begin), **config.kwargs(),
+            **_constants(q, k_begin, config), **config.kwargs(),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -418,11 +391,10 @@ def _table_strides(begin: Tensor) -> tuple[int, int]:
     return n_batch * n_tokens, n_tokens if n_batch > 1 else 0
 
 
-def _constants(q: Tensor, begin: Tensor) -> dict:
-    head_dim = q.shape[-1]
+def _constants(q: Tensor, begin: Tensor, config: LaunchConfig) -> dict:
     return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "HEAD_DIM": q.shape[-1],
+        **block_widths(q.shape[-1], config.block_d),
         "INTERVALS": len(begin),
         "ACC": accumulator_dtype(q.dtype),
         "PRECISION": dot_precision(q.dtype),

@@ -51,7 +51,7 @@ class Op:
 
         name = self.name.split("::")[1]
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
-        function: Any = type(name, (torch.autograd.Function,), members)
+        function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
 
         def on_autograd(keyset, *args):
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -63,7 +63,8 @@ class Op:
         LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
 
     def _below_autograd(self, keyset, args):
-        with torch._C._AutoDispatchBelowAutograd():
+        # Nor are views tracked below: a result that was made as one could not be written in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
