@@ -63,7 +63,7 @@ format: $(READY) ## rewrite the code in the common format
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-clean: ## remove build output and caches, keep the environment
+clean: ## remove build output, caches and a CPU's benchmark results, keep the environment
 	rm -rf build dist *.egg-info kernels/*.egg-info
 	rm -rf .benchmarks .pytest_cache .ruff_cache bench/results/cpu
 	find bench kernels profiling tests vidgen -name __pycache__ -prune -exec rm -rf {} +

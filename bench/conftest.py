@@ -9,8 +9,10 @@ interleaved samples.
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,18 @@ import pytest
 import torch
 
 from bench import measure, options
+from bench.failures import LOST, first_line
+from bench.groups import merge
 from bench.measure import Outcome
 from bench.options import DTYPES, device
+from bench.providers import Provider
+from bench.report import write
 from bench.suites import Suite
 from vidgen.shapes import SETS
 
 NOT_MEASURED = pytest.StashKey[list[dict]]()
 STARTED = pytest.StashKey[float]()
+EARLIER = pytest.StashKey[dict]()  # what the file of --keep held
 CLOCK = {"now": 0.0}
 
 
@@ -53,21 +60,44 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--skip-shapes", default="", help="shapes not to measure, by name, comma-separated"
     )
+    group.addoption(
+        "--keep",
+        type=Path,
+        metavar="FILE",
+        help="results JSON that grows as shapes are measured, all suites in turns",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_MEASURED] = []
     config.stash[STARTED] = time.monotonic()
+    kept = config.getoption("--keep")
+    config.stash[EARLIER] = json.loads(kept.read_text()) if kept and kept.exists() else {}
     options.check(config)  # a mistyped name is told at once
     if not torch.cuda.is_available():
         torch.set_num_threads(measure.CPU_THREADS)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("default"))  # peers warn as they like
             item.add_marker(pytest.mark.benchmark(timer=replay_clock))
+    if config.getoption("--keep"):  # cut short, such a run has the first shapes of every suite
+        items.sort(key=_position())
+
+
+def _position() -> Callable[[pytest.Item], int]:
+    """Of the spec of an item among those of its suite."""
+    specs: dict[Path, dict[str, int]] = {}
+
+    def position(item: pytest.Item) -> int:
+        of_suite = specs.setdefault(item.path, {})
+        callspec = getattr(item, "callspec", None)
+        name = callspec.params["spec"].name if callspec else ""
+        return of_suite.setdefault(name, len(of_suite))
+
+    return position
 
 
 @pytest.fixture(scope="session")
@@ -83,21 +113,70 @@ def measured(request: pytest.FixtureRequest):
         if key not in last:
             last.clear()
             collected = [i.callspec.params for i in request.session.items if hasattr(i, "callspec")]
-            wanted = {p["provider"] for p in collected if p.get("spec") is spec}
+            wanted = {
+                p["provider"]
+                for p in collected
+                if p.get("spec") is spec and (p["direction"] != "fwd") == backward
+            }
             selected = [p for p in suite.providers.values() if p.name in wanted]
             started, stop = config.stash[STARTED], config.getoption("--seconds")
             if time.monotonic() - started + suite.longest_seconds > stop:
-                last[key] = {p.name: Outcome("postponed", "time is up") for p in selected}
+                last[key] = _all(selected, "postponed", "time is up")
+            elif measure.context_is_lost():
+                last[key] = _all(selected, "postponed", LOST)
             else:
-                case = suite.make(spec, DTYPES[dtype], device())
-                seconds = measure.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
-                once = config.getoption("benchmark_disable")
-                last[key] = measure.measure_group(
-                    case, backward, selected, seconds, once, suite.graphs
-                )
+                keep(config, measuring=spec.name)
+                last[key] = _measure(suite, spec, dtype, backward, selected, config)
         return last[key]
 
     return outcomes
+
+
+def _measure(
+    suite: Suite,
+    spec: Any,
+    dtype: str,
+    backward: bool,
+    providers: list[Provider],
+    config: pytest.Config,
+) -> dict[str, Outcome]:
+    try:
+        case = suite.make(spec, DTYPES[dtype], device())
+    except Exception as error:  # out of memory: the next shape may fit
+        reason = f"inputs: {type(error).__name__}: {first_line(error)[:200]}"
+        return _all(providers, "failed", reason)
+    seconds = measure.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
+    once = config.getoption("benchmark_disable")
+    return measure.measure_group(case, backward, providers, seconds, once, suite.graphs)
+
+
+def _all(providers: list[Provider], status: str, reason: str) -> dict[str, Outcome]:
+    return {provider.name: Outcome(status, reason) for provider in providers}
+
+
+def keep(config: pytest.Config, measuring: str | None) -> None:
+    """Writes what there is so far, and which shape comes now: a run may die of it."""
+    path = config.getoption("--keep")
+    if not path:
+        return
+    session = config._benchmarksession  # type: ignore[attr-defined]
+    new = config.hook.pytest_benchmark_generate_json(
+        config=config,
+        benchmarks=session.benchmarks,
+        include_data=False,
+        machine_info=session.get_machine_info(),
+        commit_info={},
+    )
+    pytest_benchmark_update_json(config, session.benchmarks, new)
+    earlier = config.stash[EARLIER]
+    results = merge(earlier, new) if earlier else new
+    if measuring:
+        results["measuring"] = measuring
+    write(path, json.dumps(results, default=str) + "\n")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    keep(session.config, measuring=None)
 
 
 @pytest.fixture

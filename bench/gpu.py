@@ -1,15 +1,17 @@
 """One command for whoever has a GPU: ``make gpu STAGE=test|bench|tune|profile``.
 
 Runs from the source tree, installs nothing. Each stage compiles in parallel first, ends within
-`LIMIT` seconds and goes on where it stopped when started again. Results land in ``$OUT`` if that is
-set, else in ``bench/results/<gpu>/``: a handful of small files, ready to commit.
+`LIMIT` seconds and goes on where it stopped when started again. Results are written as they come:
+to ``bench/results/<gpu>/``, ready to commit; or, where ``$OUT`` is set, there, as at most eight
+small files. Copied to ``bench/results/<gpu>/`` they are what the next call goes on from, but for
+``bench.json``, which ``python bench/report.py bench.json --merge`` files.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,23 +20,27 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent import futures
-from concurrent.futures import ProcessPoolExecutor
+import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 from bench import groups, measure, report, tune  # noqa: E402
+from bench.failures import LOST  # noqa: E402
 from bench.suites import ATTENTION, MEMORY, SUITES, directions  # noqa: E402
+from bench.workers import in_parallel  # noqa: E402
 from vidgen.shapes import AttentionShape  # noqa: E402
 
 LIMIT = 520  # seconds, under nine minutes
 SANITIZER_SECONDS = 160
 SANITIZER_FOUND = 9  # exit status; any other says that the tool cannot watch this machine
 NOTHING_LEFT = 5  # pytest's exit status when every test had passed before
+ROUND = 45  # seconds that are worth another start after a crash
 PROFILED = (
     ("attention", "pyramid_768p_u15_s2_h30"),
     ("attention", "wan_1.3b_block_causal"),
@@ -53,13 +59,29 @@ SANITIZED = (
 def stage_test(folder: Path, rest: list[str]) -> int:
     """The GPU tests, those that have not passed yet, then the sanitizers."""
     stop = time.monotonic() + LIMIT
-    environment = _environment(VIDGEN_PASSED=str(folder / "tests_passed.txt"))
+    passed = folder / "tests_passed.txt"
+    _bring_earlier_results(folder, passed.name)
+    _forget_other_sources(passed)
+    environment = _environment(VIDGEN_PASSED=str(passed))
     environment.pop("TRITON_INTERPRET", None)
-    flags = f"-m gpu -p bench.resume -n {_workers(6)} -q -rf --tb=short"
+    # Warnings of other people's code are none of ours here, and no reason to fail.
+    flags = f"-m gpu -p bench.resume -n {_workers(6)} --max-worker-restart=50 -W default"
+    flags += " -q -rfEs --tb=short -o faulthandler_timeout=120"
     command = [sys.executable, "-m", "pytest", "tests", *flags.split(), *rest]
     status = _run(command, folder / "tests.log", LIMIT - SANITIZER_SECONDS, environment)
     status = 0 if status == NOTHING_LEFT else status
     return _sanitize(folder, stop) or status
+
+
+def _forget_other_sources(passed: Path) -> None:
+    """What passed before a change has to pass again: the first line says what sources it was."""
+    digest = hashlib.sha256()
+    for name in ("bench", "kernels", "tests", "vidgen"):
+        for path in sorted((ROOT / name).rglob("*.py")):
+            digest.update(path.read_bytes())
+    line = f"# sources {digest.hexdigest()[:16]}\n"
+    if not passed.exists() or not passed.read_text().startswith(line):
+        report.write(passed, line)
 
 
 def _sanitize(folder: Path, stop: float) -> int:
@@ -94,31 +116,87 @@ def sanitizer_target(folder: Path, rest: list[str]) -> int:
 
 
 def stage_bench(folder: Path, rest: list[str]) -> int:
-    """What has no results yet, the most telling shapes first."""
+    """What has no results yet, of every suite in turns, the most telling shapes first.
+
+    A provider that takes the GPU's context with it, or a shape that ends the process, is left out
+    of a new start for all the others.
+    """
     stop = time.monotonic() + LIMIT
-    paths = {name: folder / f"{name}.json" for name in SUITES}
-    for path in paths.values():
-        _bring_earlier_results(folder, path.name)
-    done = {name for path in paths.values() for name in _finished(path)}
-    every = [(suite.name, spec.name) for suite in SUITES.values() for spec in suite.sets["real"]]
-    todo = [(suite, spec) for suite, spec in every if spec not in done]
+    is_filed = folder == _committed()
+    kept = folder / ("bench.partial" if is_filed else "bench.json")
+    every = _chosen_specs(rest)
+    todo = [(suite, spec) for suite, spec in every if spec not in _done(kept)]
     if not todo:
-        print(f"every shape is measured: delete {' or '.join(map(str, paths.values()))}")
+        print(f"every shape is measured: delete its results in {_committed()}")
         return 0
     _compile_in_parallel([(s, spec) for s, spec in todo if SUITES[s].compiles], LIMIT / 3)
-    left = stop - time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        new = Path(scratch) / "new.json"
-        flags = f"-q -rf --benchmark-json={new} --seconds={left:.0f}"
-        command = [sys.executable, "-m", "pytest", "bench", *flags.split()]
-        command += [f"--skip-shapes={','.join(sorted(done))}", *rest]
+    crashing: set[str] = set()  # shapes
+    deselected: set[str] = set()  # tests
+    worst = 0
+    while (left := stop - time.monotonic()) > ROUND:
+        flags = f"-q -rf --keep={kept} --seconds={left:.0f}".split()
+        flags += [f"--skip-shapes={','.join(sorted(_done(kept) | crashing))}"]
+        flags += [f"--deselect={test}" for test in sorted(deselected)]
+        command = [sys.executable, "-m", "pytest", "bench", *flags, *rest]
         status = _run(command, folder / "bench.log", left, _environment())
-        if new.exists() and new.stat().st_size:
-            report.main([str(new), f"--output={folder}", "--merge"])
-    done = {name for path in paths.values() for name in _finished(path)}
-    n_left = sum(spec not in done for _, spec in todo)
+        worst = worst or (0 if status == NOTHING_LEFT else status)
+        results = json.loads(kept.read_text()) if kept.exists() else {}
+        found = {results.get("measuring", "")} - {""} - crashing if status < 0 else set()
+        lost = _tests_that_lost_the_gpu(results) - deselected
+        if not found and not lost:
+            break
+        print("left out from here on:", *sorted(found | lost), flush=True)
+        crashing |= found
+        deselected |= lost
+    n_left = sum(spec not in _done(kept) for _, spec in todo)
+    if kept.exists():
+        _report(kept, folder if is_filed else None)
     print(f"{len(every) - n_left} of {len(every)} shapes measured", "; run again" * bool(n_left))
-    return status
+    return worst
+
+
+def _chosen_specs(rest: list[str]) -> list[tuple[str, str]]:
+    """Names of suites and real shapes in the order of measuring, those that --shapes asks for."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--shapes", default="*")
+    patterns = parser.parse_known_args(rest)[0].shapes.split(",")
+    every = [
+        (i, suite.name, spec.name)
+        for suite in SUITES.values()
+        for i, spec in enumerate(suite.sets["real"])
+        if any(fnmatch(spec.name, pattern) for pattern in patterns)
+    ]
+    return [(suite, spec) for _, suite, spec in sorted(every, key=lambda x: x[0])]
+
+
+def _done(kept: Path) -> set[str]:
+    """Shapes that need no more measuring, by what is filed and by what is kept."""
+    paths = [*(_committed() / f"{name}.json" for name in SUITES), kept]
+    return {name for path in paths for name in _finished(path)}
+
+
+def _tests_that_lost_the_gpu(results: dict) -> set[str]:
+    """Of results JSON; pytest knows a provider of a group by such names."""
+    rows = (
+        row
+        for row in results.get("not_measured", [])
+        if row["status"] == "failed" and row["reason"].startswith(LOST)
+    )
+    found = set()
+    for row in rows:
+        name = groups.BY_OP.get(row["op"], groups.MEMORY).name
+        case = "-".join(row[key] for key in ("shape", "dtype", "direction", "provider"))
+        found.add(f"bench/bench_{name}.py::test_{name}[{case}]")
+    return found
+
+
+def _report(kept: Path, folder: Path | None) -> None:
+    """Tables on the terminal; the results filed in ``folder``, where one is given."""
+    if folder:
+        report.main([str(kept), f"--output={folder}", "--merge"])
+        kept.unlink()
+    elif found := groups.groups(json.loads(kept.read_text())):
+        report.print_report(found, Console(width=140))
 
 
 def _finished(path: Path) -> set[str]:
@@ -135,20 +213,13 @@ def _finished(path: Path) -> set[str]:
 
 def _compile_in_parallel(specs: list[tuple[str, str]], seconds: float) -> None:
     """Fills the compilers' caches on disk; whatever fails here shows again where it is measured."""
-    stop = time.monotonic() + seconds
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(_workers(10), context)
-    jobs = [pool.submit(_compile, *spec) for spec in specs]
-    try:
-        for (_, spec), job in zip(specs, jobs, strict=True):
-            left = max(0.0, stop - time.monotonic())
-            print("compiled", spec, job.result(left), flush=True)
-    except futures.TimeoutError:
-        print(f"not compiled in {seconds:.0f} s: the rest compiles as it is measured")
-    except Exception as error:  # a worker died
-        print("compiling failed:", error)
-    pool.shutdown(wait=True, cancel_futures=True)
+    n_compiled = 0
+    for (_, spec), notes in in_parallel(_compile, specs, _workers(10), seconds):
+        n_compiled += 1
+        print("compiled", spec, notes, flush=True)
+    if n_compiled < len(specs):
+        print(f"{n_compiled} of {len(specs)} compiled: the rest compiles as it is measured")
 
 
 def _compile(suite_name: str, spec_name: str) -> str:
@@ -166,6 +237,7 @@ def _compile(suite_name: str, spec_name: str) -> str:
             torch.cuda.synchronize()
         except Exception as error:
             notes.append(f"({provider.name}: {type(error).__name__})")
+            measure.clear_after_failure()
     del case
     torch.compiler.reset()
     torch.cuda.empty_cache()
@@ -173,26 +245,48 @@ def _compile(suite_name: str, spec_name: str) -> str:
 
 
 def stage_tune(folder: Path, rest: list[str]) -> int:
-    _bring_earlier_results(folder, "launch_configs.json")
+    """Candidates that have not been timed yet; one that ends the process is not tried again.
+
+    The configurations it prints, and keeps in the file, are entries for `configs.py`.
+    """
+    stop = time.monotonic() + LIMIT
     path = folder / "launch_configs.json"
-    return tune.main([f"--output={path}", f"--seconds={LIMIT - 60}", *rest])
+    _bring_earlier_results(folder, path.name)
+    status = tune.CONTEXT_LOST
+    while (left := stop - time.monotonic()) > ROUND and (status == tune.CONTEXT_LOST or status < 0):
+        command = [sys.executable, "bench/tune.py", f"--output={path}", *rest]
+        command += [f"--seconds={left - ROUND:.0f}"]
+        status = _run(command, folder / "tune.log", left, _environment())
+    return status
 
 
 def stage_profile(folder: Path, rest: list[str]) -> int:
     """A few long shapes: PyTorch's profiler, and Nsight Compute where it is installed."""
-    profiler = [sys.executable, str(ROOT / "profiling" / "run.py"), f"--output={folder}", *rest]
+    stop = time.monotonic() + LIMIT
     modes = ["torch", *["ncu"] * bool(shutil.which("ncu"))]
+    if "ncu" not in modes:
+        print("ncu: not on PATH, skipped")
     runs = [(mode, *which) for mode in modes for which in PROFILED]
-    statuses = [
-        _run(
-            [*profiler, f"--mode={mode}", f"--op={op}", f"--shape={shape}"],
-            folder / "profile.log",
-            LIMIT / len(runs),
-            _environment(),
-        )
-        for mode, op, shape in runs
-    ]
-    return max(statuses)
+    statuses = []
+    for n_before, (mode, op, shape) in enumerate(runs):
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = [f"--mode={mode}", f"--op={op}", f"--shape={shape}", f"--output={scratch}"]
+            command = [sys.executable, "profiling/run.py", *arguments, *rest]
+            seconds = (stop - time.monotonic()) / (len(runs) - n_before)
+            statuses.append(_run(command, folder / "profile.log", seconds, _environment()))
+            _keep_profile(Path(scratch), folder)
+    return next((status for status in statuses if status), 0)
+
+
+def _keep_profile(scratch: Path, folder: Path) -> None:
+    """Nsight's reports one by one, as they are large; tables and traces in one file."""
+    for path in sorted(scratch.iterdir()):
+        if path.suffix == ".ncu-rep":
+            shutil.copyfile(path, folder / path.name)
+            continue
+        with zipfile.ZipFile(folder / "profile.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+            if path.name not in archive.namelist():
+                archive.write(path, path.name)
 
 
 STAGES = {
@@ -209,7 +303,7 @@ def _run(command: list[str], log: Path, seconds: float, environment: dict[str, s
     print("$", *command, flush=True)
     late = threading.Event()
     with (
-        log.open("a") as file,
+        log.open("a", buffering=1) as file,  # by lines: we may be stopped, too
         subprocess.Popen(
             command,
             cwd=ROOT,
@@ -261,7 +355,7 @@ def _bring_earlier_results(folder: Path, name: str) -> None:
     """Where results go elsewhere, start from those in the tree."""
     earlier = _committed() / name
     if not (folder / name).exists() and earlier.exists():
-        shutil.copyfile(earlier, folder / name)
+        report.write(folder / name, earlier.read_text())
 
 
 def _committed() -> Path:

@@ -21,6 +21,7 @@ import torch
 import triton
 
 from bench.cases import Case, Function, as_tuple
+from bench.failures import LOST, ContextLost, first_line
 from bench.providers import Provider
 
 Step = Callable[[], object]
@@ -36,7 +37,7 @@ FLUSH_BYTES = 256 << 20  # several times any L2 cache
 class Outcome:
     """What became of one provider in one group."""
 
-    status: str = "measured"  # or "unavailable", "wrong", "failed"
+    status: str = "measured"  # or "unavailable", "wrong", "failed", "postponed"
     reason: str = ""
     samples: dict[str, list[float]] = field(default_factory=dict)  # direction -> seconds
     max_error: float | None = None
@@ -61,21 +62,38 @@ def measure_group(
     torch.compiler.reset()  # past eight shapes a compiled function would silently run uncompiled
     device = case.device
     outcomes = {provider.name: Outcome() for provider in providers}
+    try:
+        calls = _prepare_all(case, backward, providers, graphs, outcomes)
+        _interleave(calls, outcomes, device, 0.0 if once else seconds)
+    except ContextLost as problem:
+        for outcome in outcomes.values():
+            if outcome.status == "measured":
+                outcome.status, outcome.reason = "postponed", str(problem)
+    else:
+        calls.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the graphs' pools
+    return outcomes
+
+
+def _prepare_all(
+    case: Case,
+    backward: bool,
+    providers: list[Provider],
+    graphs: bool,
+    outcomes: dict[str, Outcome],
+) -> dict[str, list[Step]]:
+    """The steps of all providers that there are and that are right."""
     calls = {}
     for provider in providers:
         outcome = outcomes[provider.name]
-        reason = provider.missing(device) or provider.refuses(case, backward)
+        reason = provider.missing(case.device) or provider.refuses(case, backward)
         if reason:
             outcome.status, outcome.reason = "unavailable", reason
             continue
         with _recording_failure(outcome):
             calls[provider.name] = _prepare(provider, case, backward, graphs, outcome)
-    ready = {name: steps for name, steps in calls.items() if steps}
-    _interleave(ready, outcomes, device, 0.0 if once else seconds)
-    calls.clear()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the graphs' pools
-    return outcomes
+    return {name: steps for name, steps in calls.items() if steps}
 
 
 def _prepare(
@@ -173,8 +191,9 @@ def _interleave(
     """
     names = list(calls)
     if seconds:
-        warm_up = {name: Outcome() for name in names}
-        _interleave_round(names, calls, warm_up, device)
+        _interleave_round(names, calls, outcomes, device)  # warms up
+        for name in names:
+            outcomes[name].samples.clear()
     spent = dict.fromkeys(names, 0.0)
     for turn in range(MAX_SAMPLES if seconds else 1):
         start = turn % max(len(names), 1)
@@ -208,15 +227,36 @@ def _recording_failure(outcome: Outcome):
     """Running out of memory, or a peer that raises, is a result and not the end of the run."""
     try:
         yield
+        return
     except torch.OutOfMemoryError:
         outcome.status, outcome.reason = "failed", "out of memory"
     except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        outcome.status, outcome.reason = "failed", f"{type(error).__name__}: {first_line[:200]}"
-    if outcome.status == "failed":
-        outcome.samples.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        outcome.status = "failed"
+        outcome.reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+    outcome.samples.clear()
+    try:
+        clear_after_failure()
+    except ContextLost as problem:
+        outcome.reason = f"{problem}: {outcome.reason}"
+        raise
+
+
+def context_is_lost() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def clear_after_failure() -> None:
+    """Memory for whoever is next. Raises ContextLost where there can be nobody."""
+    if context_is_lost():
+        raise ContextLost(LOST)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def time_steps(steps: list[Step], device: torch.device) -> list[float]:

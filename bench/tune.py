@@ -1,21 +1,19 @@
 """Finds launch configurations: candidates are compiled in parallel, checked, timed.
 
 ``python bench/tune.py [--only 'fwd-*,residual_norm_*'] [--output FILE]`` on a GPU. What was timed
-before is read back from FILE, so a run that is cut short goes on. It prints the entries for
-``vidgen_kernels/configs.py``; the library itself never tunes at run time.
+before is read back from FILE, so a run that is cut short goes on; exit status `CONTEXT_LOST` asks
+for one. It prints the entries for ``vidgen_kernels/configs.py``; the library itself never tunes at
+run time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from concurrent import futures
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,12 +21,19 @@ from typing import Any
 
 import torch
 
-from bench import measure
-from bench.cases import TOLERANCE, Case
-from bench.report import RESULTS, folder_name, write
-from bench.subjects import Subject, subjects
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
+
+from bench import measure  # noqa: E402
+from bench.cases import TOLERANCE, Case  # noqa: E402
+from bench.failures import ContextLost, first_line  # noqa: E402
+from bench.report import RESULTS, folder_name, write  # noqa: E402
+from bench.subjects import Subject, subjects  # noqa: E402
+from bench.workers import in_parallel  # noqa: E402
 
 SAMPLES, FINALISTS = 15, 4
+CONTEXT_LOST = 75  # exit status: a candidate took the GPU's context, start again for the others
+UNFINISHED = "the process ended while this was timed"
 
 
 def steps_of(case: Case, subject: Subject) -> list[measure.Step]:
@@ -36,9 +41,8 @@ def steps_of(case: Case, subject: Subject) -> list[measure.Step]:
     return measure.make_steps(case, function, subject.backward)
 
 
-def compile_one(job: tuple[str, Any]) -> str:
+def compile_one(name: str, config: Any) -> str:
     """In a process of its own: fills Triton's cache. The reason where it does not compile."""
-    name, config = job
     subject = next(s for s in subjects() if s.name == name)
     try:
         with subject.forced(config):
@@ -46,8 +50,10 @@ def compile_one(job: tuple[str, Any]) -> str:
                 step()
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
+        measure.clear_after_failure()
         return ""  # too many at once; compiled or not, one alone has room
     except Exception as error:
+        measure.clear_after_failure()
         return _reason(error)
     return ""
 
@@ -67,12 +73,11 @@ def time_one(case: Case, subject: Subject, config: Any) -> dict:
             times = [measure.time_steps(steps, case.device)[-1] for _ in range(SAMPLES)]
             return {"ms": 1e3 * statistics.median(times), "max_error": error}
     except Exception as error:
-        torch.cuda.empty_cache()
         return {"reason": _reason(error)}
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
+    return f"{type(error).__name__}: {first_line(error)[:120]}"
 
 
 def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
@@ -87,7 +92,10 @@ def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
 
 
 def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
-    """``{"subjects": {name: {"best": ..., "timed": [...]}}}``, written as it grows."""
+    """``{"subjects": {name: {"best": ..., "timed": [...]}}}``, written as it grows.
+
+    Raises ContextLost after a candidate that is the end of this process.
+    """
     stop = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability()
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -99,23 +107,35 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
         known = [row["config"] for row in entry["timed"]]
         todo[subject] = [c for c in subject.candidates() if asdict(c) not in known]
     jobs = [(subject.name, config) for subject, configs in todo.items() for config in configs]
-    reasons = dict(zip(jobs, precompile(jobs, seconds / 2), strict=True))
+    reasons = precompile(jobs, seconds / 2)
     for subject, configs in todo.items():
-        if not configs:
+        entry = results[subject.name]
+        if not configs and "best" in entry:
             continue
-        case, entry = subject.case(), results[subject.name]
+        try:
+            case = subject.case()
+        except torch.OutOfMemoryError:
+            print(f"{subject.name}: no memory for {subject.shape}", flush=True)
+            measure.clear_after_failure()
+            continue
         for config in configs:
-            reason = reasons[subject.name, config]
+            reason = reasons.get((subject.name, config))
             if reason is None or time.monotonic() > stop:
                 print("time is up: run again to go on")
                 return found
-            outcome = {"reason": reason} if reason else time_one(case, subject, config)
-            entry["timed"].append({"config": asdict(config), **outcome})
-            print(subject.name, config, outcome.get("ms", outcome.get("reason")), flush=True)
+            row = {"config": asdict(config), "reason": reason or UNFINISHED}
+            entry["timed"].append(row)
             write(path, json.dumps(found, indent=1) + "\n")
+            if not reason:
+                del row["reason"]
+                row.update(time_one(case, subject, config))
+            print(subject.name, config, row.get("ms", row.get("reason")), flush=True)
+            write(path, json.dumps(found, indent=1) + "\n")
+            if not reason and "reason" in row:
+                measure.clear_after_failure()
         best = sorted((t for t in entry["timed"] if "ms" in t), key=lambda t: t["ms"])[:FINALISTS]
         if best:
-            kind = type(configs[0])
+            kind = type(subject.candidates()[0])
             winner = play_off(case, subject, [kind(**t["config"]) for t in best])
             entry["best"] = asdict(winner)
             entry["snippet"] = subject.snippet(winner, found["arch"])
@@ -123,27 +143,15 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
     return found
 
 
-def precompile(jobs: list[tuple[str, Any]], seconds: float) -> list[str | None]:
-    """Why each job does not compile, "" where it does, None where there was no time for it.
+def precompile(jobs: list[tuple[str, Any]], seconds: float) -> dict[tuple[str, Any], str]:
+    """Why each job does not compile, "" where it does; those are absent that there is no time for.
 
     All processes share Triton's cache.
     """
-    if not jobs:
-        return []
-    stop = time.monotonic() + seconds
-    n_workers = min(len(jobs), max(1, (os.cpu_count() or 2) - 2), 12)
-    print(f"compiling {len(jobs)} candidates in {n_workers} processes", flush=True)
-    with ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(compile_one, job) for job in jobs]
-        reasons = []
-        for job in running:
-            try:
-                left = min(stop - time.monotonic(), 24 * 3600)  # forever is too long for a wait
-                reasons.append(job.result(max(0.0, left)))
-            except futures.TimeoutError:
-                reasons.append(None)
-        pool.shutdown(wait=True, cancel_futures=True)
-    return reasons
+    n_workers = max(1, min((os.cpu_count() or 2) - 2, 12))
+    if jobs:
+        print(f"compiling {len(jobs)} candidates in {n_workers} processes", flush=True)
+    return dict(in_parallel(compile_one, jobs, n_workers, seconds))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,7 +173,11 @@ def main(argv: list[str] | None = None) -> int:
         print("tune.py: error: needs a CUDA device", file=sys.stderr)
         return 1
     folder = RESULTS / folder_name(torch.cuda.get_device_name())
-    found = tune(chosen, args.output or folder / "launch_configs.json", args.seconds)
+    try:
+        found = tune(chosen, args.output or folder / "launch_configs.json", args.seconds)
+    except ContextLost as problem:
+        print(f"{problem}: run again to go on", file=sys.stderr)
+        return CONTEXT_LOST
     for entry in found["subjects"].values():
         print(entry.get("snippet", ""))
     return 0

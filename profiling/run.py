@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from bench.cases import Case, Function, as_tuple  # noqa: E402
 from bench.suites import SUITES, directions  # noqa: E402
+from vidgen.arguments import output_folder, whole  # noqa: E402
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -60,6 +61,7 @@ DEFAULTS = {  # dtype, shape of each suite
     ),
 }
 WARM_UP = 3
+MAX_CALLS = 1000
 CALLS = {"torch": 5, "nsys": 5, "ncu": 1}  # ncu replays each kernel as often as its counters ask
 
 
@@ -89,11 +91,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="torch",
         help="the profiler; region: only the recorded calls, what nsys.sh and ncu.sh run",
     )
-    parser.add_argument("--calls", type=int, metavar="N", help="recorded calls")
+    parser.add_argument(
+        "--calls",
+        type=whole(1, MAX_CALLS),
+        metavar="N",
+        help="recorded calls (default: 5, with Nsight Compute 1)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command of nsys or ncu")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         default=Path(tempfile.gettempdir()) / "vidgen-profile",
         help="where reports go (default: %(default)s)",
@@ -177,7 +184,7 @@ def by_script(args: argparse.Namespace, stem: Path) -> int:
     if not args.dry_run and not which(args.mode):
         print(f"{args.mode}: not on PATH, see profiling/README.md", file=sys.stderr)
         return 127
-    command = [str(FOLDER / f"{args.mode}.sh"), *["--dry-run"] * args.dry_run, str(stem)]
+    command = ["bash", str(FOLDER / f"{args.mode}.sh"), *["--dry-run"] * args.dry_run, str(stem)]
     for name in ("op", "shape", "provider", "direction", "dtype", "calls"):
         command.append(f"--{name}={getattr(args, name)}")
     if not args.dry_run:

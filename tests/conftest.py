@@ -21,10 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     elif not torch.cuda.is_available():
         reason = "no CUDA device"
     else:
-        return
+        reason = None
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+            # torch warns of TF32 left unused, of a prototype that finds synchronisation, and more
+            item.add_marker(pytest.mark.filterwarnings("default"))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

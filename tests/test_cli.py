@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vidgen import cli
-from vidgen.checkpoint import read_config, read_safetensors, read_state_dict
+from vidgen.arguments import output_folder
+from vidgen.checkpoint import read_config, read_safetensors, read_state_dict, write_state_dict
 from vidgen.media import check_output, read_frames
 from vidgen.progress import Bars
 from vidgen.text_encoders import read_tokenizer
@@ -79,9 +80,6 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
     [
         (["--device", "gpu"], "device: expected cpu on this machine, got gpu"),
         (["--device", "cuda:1"], "device: expected cpu on this machine, got cuda:1"),
-        (["--height", "0"], "height: expected at least 1, got 0"),
-        (["--width", "-32"], "width: expected at least 1, got -32"),
-        (["--steps", "0"], "steps: expected at least 1, got 0"),
         (["--embeddings", "FOLDER"], "embeddings: expected a file"),
         (["--embeddings", "TEXT"], "file: expected safetensors in"),
     ],
@@ -97,6 +95,100 @@ def test_options_that_generate_refuses(
     random = ("generate", model, "--random-weights", "--output", output)
     assert message in error_of(capsys, *random, *words)
     assert not output.exists()
+
+
+def number_options() -> Iterator[tuple[list[str], argparse.Action]]:
+    """The words up to an option and the option, of all whose values are checked numbers."""
+    for command in ("generate", "train", "analyze"):
+        for parser in parsers(command):
+            for action in parser._actions:
+                if action.type is not None and action.type is not Path:
+                    yield parser.prog.split()[1:], action
+
+
+def parse_error(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """What is said of arguments alone: one line, before anything is done."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("bad", ["x", "nan", "inf", "-1", "1e30", "9" * 30])
+def test_numbers_out_of_range_are_refused_at_once(bad: str, capsys) -> None:
+    options = list(number_options())
+    assert len(options) > 60
+    for words, action in options:
+        values = [f"{action.option_strings[0]}={bad}"]
+        if action.nargs == 3:
+            values = [action.option_strings[0], "1", "1", bad]
+        error = parse_error(capsys, [*words, *values])
+        assert f"error: argument {action.option_strings[0]}: expected " in error
+        assert f", got {bad};" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("generate nova --sets 0", "--sets: expected a whole number from 1 to 1000000, got 0"),
+        ("generate nova --flow-shift 0", "--flow-shift: expected a number above 0, at most 1e+06"),
+        ("generate nova --guidance-renorm 1.5", "expected a number above 0, at most 1, got 1.5"),
+        ("generate nova --class-label 1001", "expected a whole number from 0 to 1000, got 1001"),
+        ("generate repvideo --steps 1001", "expected a whole number from 1 to 1000, got 1001"),
+        ("generate repvideo --height 1.5", "expected a whole number from 1 to 16384, got 1.5"),
+        ("generate pyramid-flow --tiling 100", "a multiple of 32 from 32 to 16384, got 100"),
+        ("train nova --learning-rate 2", "--learning-rate: expected a number from 0 to 1, got 2"),
+        ("generate repvideo --guidance 4 --random-weights --output a", "arguments: --guidance 4;"),
+        ("verify extra", "vidgen: error: unrecognized arguments: extra; see vidgen --help"),
+    ],
+)
+def test_what_arguments_are_told(words: str, message: str, capsys) -> None:
+    required = ["--random-weights", "--output", "a", "--data", "b"] if "--l" in words else []
+    assert message in parse_error(capsys, [*words.split(), *required])
+
+
+def test_too_little_memory_is_said_in_a_line(monkeypatch, capsys) -> None:
+    def run(args: argparse.Namespace) -> int:
+        torch.empty(2**60)
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, run))
+    assert "vidgen: error: not enough memory: " in error_of(capsys, "info")
+
+    def fail(args: argparse.Namespace) -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, fail))
+    with pytest.raises(RuntimeError, match="illegal"):
+        cli.main(["info"])
+
+
+@pytest.mark.parametrize("name", ["/proc/a.mp4", "LINK", "LONG"])
+def test_outputs_that_cannot_be_written(name: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Which shows before the work, not after it."""
+    (link := tmp_path / "link.mp4").symlink_to("nowhere.mp4")
+    path = {"LINK": link, "LONG": tmp_path / f"{'a' * 250}.mp4"}.get(name, Path(name))
+    monkeypatch.setattr("vidgen.nova.generate.generate", None)  # is not reached
+    words = ("generate", "nova", "--random-weights", "--output", path)
+    assert "output: expected a n" in error_of(capsys, *words)
+    assert [x.name for x in tmp_path.iterdir()] == ["link.mp4"]
+
+
+def test_folders_of_results_are_asked_for_first(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/a/b")):
+        error = parse_error(capsys, ["bench", "attention", "--output", str(path)])
+        assert f"--output: expected a folder that can be written, got {path}" in error
+    assert output_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("option", ["--shapes", "--providers", "--dtype"])
+def test_an_empty_filter_is_not_all(option: str, capsys) -> None:
+    for bad in ("", "a,", " ,b"):
+        error = parse_error(capsys, ["bench", "attention", f"{option}={bad}"])
+        assert f"{option}: expected names with commas between, got {bad!r}" in error
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -176,6 +268,24 @@ def test_weights_that_are_none(name: str, tmp_path: Path) -> None:
         read_safetensors(tmp_path)
 
 
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "UP"])
+def test_indices_that_are_none(index: str, tmp_path: Path) -> None:
+    """Nor does one name files elsewhere."""
+    write_state_dict(tmp_path / "a.safetensors", {"w": torch.ones(1)})
+    path = tmp_path / "below" / "a.safetensors.index.json"
+    path.parent.mkdir()
+    path.write_text(index.replace("UP", '{"weight_map": {"w": "../a.safetensors"}}'))
+    with pytest.raises(ValueError, match=r"a\.safetensors\.index\.json: expected a"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [[1], 3, {"model": [1]}], ids=str)
+def test_torch_files_without_names(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="checkpoint: expected tensors by name in"):
+        read_state_dict(tmp_path / "a.bin", within="model")
+
+
 def test_nothing_in_a_torch_file_is_executed(tmp_path: Path) -> None:
     torch.save({"w": Path("a")}, tmp_path / "a.bin")
     with pytest.raises(ValueError, match=r"checkpoint: expected tensors in .*a\.bin"):
@@ -185,6 +295,9 @@ def test_nothing_in_a_torch_file_is_executed(tmp_path: Path) -> None:
 def test_a_config_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"config.json: expected JSON in {tmp_path}"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=f"config.json: expected an object in {tmp_path}/config"):
         read_config(tmp_path)
 
 

@@ -301,6 +301,14 @@ def test_a_mask_of_inference_mode_trains(build: Callable) -> None:
 
 
 @every_attention
+def test_a_result_may_be_written_unless_backward_reads_it(attend: Callable) -> None:
+    out = attend(*(x.requires_grad_() for x in qkv()))
+    out.add_(1.0)  # refused if it were a view that the operator made
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@every_attention
 # PyTorch scripts its own decompositions for it.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_is_refused(attend: Callable) -> None:

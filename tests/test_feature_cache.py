@@ -79,6 +79,12 @@ def test_mix_in_low_precision(dtype: torch.dtype, sum_dtype: torch.dtype, source
     check_op(mix, reference.mix, {**inputs, **found, "sum_dtype": sum_dtype})
 
 
+def test_each_entry_gets_a_gradient_of_its_own_precision() -> None:
+    older = [leaf(B, T, D, dtype=dtype) for dtype in (torch.float16, torch.float32)]
+    inputs = {"y": leaf(B, T, D, dtype=torch.float32), "gate": gate_of(torch.float32), "n": 3}
+    check_op(mix, reference.mix, {**inputs, "total": None, "older": older})
+
+
 def modulations(kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     def own(*shape: int) -> dict[str, Tensor]:
         return {name: leaf(*shape, dtype=dtype) for name in Modulation._fields}

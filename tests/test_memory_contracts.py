@@ -227,21 +227,31 @@ def test_a_backward_in_autocast_is_as_exact(case: MemoryCase) -> None:
     assert all(map(torch.equal, inside, gradients()))
 
 
+def strided(x: Tensor) -> Tensor:
+    """Batch inside of tokens or channels, and rows that do not lie side by side."""
+    if x.ndim < 3:
+        return x
+    size = (x.shape[1], x.shape[0], *x.shape[2:-1], x.shape[-1] + 3)
+    other = x.new_zeros(size).transpose(0, 1)[..., : x.shape[-1]]
+    return other.copy_(x.detach()).requires_grad_(x.requires_grad)
+
+
 @every_case
 def test_strided_inputs(case: MemoryCase) -> None:
-    """Batch inside of tokens or channels, and rows that do not lie side by side."""
-
-    def strided(x: Tensor) -> Tensor:
-        if x.ndim < 3:
-            return x
-        size = (x.shape[1], x.shape[0], *x.shape[2:-1], x.shape[-1] + 3)
-        other = x.new_zeros(size).transpose(0, 1)[..., : x.shape[-1]]
-        return other.copy_(x.detach()).requires_grad_(x.requires_grad)
-
     inputs = case.inputs(torch.float64, "cpu")
     others = tree_map_only(Tensor, strided, inputs)
     for a, b in zip(run(fused(case), others), run(fused(case), inputs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.portable_only  # a launcher fills what its fake makes
+@every_case
+def test_fakes_know_the_results_of_strided_inputs(case: MemoryCase) -> None:
+    with Recorder() as recorder:
+        run(fused(case), tree_map_only(Tensor, strided, case.inputs(torch.float64, "cpu")))
+    for op, args, kwargs in recorder.calls.values():
+        args = tree_map_only(Tensor, Tensor.detach, args)
+        torch.library.opcheck(op, args, kwargs, test_utils="test_faketensor")
 
 
 @pytest.mark.portable_only  # the interpreter's own arrays are not PyTorch's

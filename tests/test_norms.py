@@ -281,6 +281,31 @@ def test_the_norm_reads_the_rounded_h(dtype: torch.dtype) -> None:
     assert torch.equal(a, residual_norm(h, **plain)[1])
 
 
+def test_vectors_of_text_get_gradients_of_their_own_precision() -> None:
+    """Per token, beside vectors in low precision."""
+    x, f = (leaf(1, 5, 8) for _ in "xf")
+    own = {n: leaf(1, 3, 8, dtype=torch.bfloat16) for n in ("gate", "scale", "shift")}
+    text = Modulation(*(leaf(1, 2, 8) for _ in "gsb"))
+    wide = {name: v.detach().double().requires_grad_() for name, v in own.items()}
+    upstream = [torch.randn(1, 5, 8).double() for _ in "ha"]
+    found, expected = (
+        torch.autograd.grad(residual_norm(x, f, **own_, text=text, text_length=2), text, upstream)
+        for own_ in (own, wide)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_traced_without_gradients_it_refuses_to_train() -> None:
+    x, y, f = (leaf(1, 5, 8) for _ in "xyf")
+    gate = leaf(1)
+    args = (
+        x, f, [y], [], gate, [], [], [], None, None, 0, 2, "", 0.0, x.dtype, x.dtype, False, False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="traced without gradients"):
+        torch.ops.vidgen.residual_norm_fwd(*args)
+
+
 def test_without_f_h_is_x() -> None:
     x = leaf(B, T, D)
     assert residual_norm(x)[0] is x

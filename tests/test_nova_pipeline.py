@@ -63,11 +63,12 @@ def checkpoint(tmp_path: Path) -> Path:
 def run_command(monkeypatch, tmp_path: Path) -> Iterator[Any]:
     """The command, with NOVA alone."""
     monkeypatch.setattr(command, "MODELS", {"nova": command.MODELS["nova"]})
-    sizes = ["--sets", "3", "--steps", "2", "--device", "cpu", "--dtype", "fp32"]
+    sizes = ["--steps", "2", "--device", "cpu", "--dtype", "fp32"]
 
     def run(name: str, *arguments: str) -> tuple[int, Path]:
         path = tmp_path / name
-        status = main(["generate", "nova", "--output", str(path), *sizes, *arguments])
+        sets = [] if "--sets" in arguments else ["--sets", "3"]
+        status = main(["generate", "nova", "--output", str(path), *sizes, *sets, *arguments])
         return status, path
 
     yield run
@@ -92,9 +93,9 @@ def test_command_writes_images_and_videos(run_command, checkpoint, capsys):
     ("arguments", "message"),
     [
         (["--frames", "4"], "frames: expected 1 + 4 k, got 4"),
-        (["--width", "50"], "image_size: expected multiples of 32"),
+        (["--width", "50"], "width: expected a multiple of 32, got 50"),
         (["--class-label", "3"], "class-label: expected none for a model of texts"),
-        (["--guidance-renorm", "0"], "guidance_renorm: expected above 0"),
+        (["--sets", "25"], "sets: expected at most 24, the tokens of a frame, got 25"),
     ],
 )
 def test_command_says_what_is_wrong(run_command, capsys, arguments, message):

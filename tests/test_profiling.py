@@ -119,6 +119,18 @@ def test_run_writes_a_table_and_a_trace(tmp_path: Path, suite: str, shape: str, 
     assert names >= {f"{op}_fwd", f"{op}_bwd"}
 
 
+def test_bad_arguments_end_before_the_work(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(PROFILING)  # as for a script that is run by path
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["--calls", "0"], "--calls: expected a whole number from 1 to 1000, got 0"),
+        (["--output", str(tmp_path / "file")], "--output: expected a folder that can be written"),
+    ):
+        with pytest.raises(SystemExit):
+            load("run").parse(arguments)
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tool", ["nsys", "ncu"])
 def test_scripts_say_what_they_run(tool: str) -> None:
     script = str(PROFILING / f"{tool}.sh")

@@ -15,8 +15,8 @@ from vidgen.pyramid_flow.text import (
     TextEncoder,
     TextFeatures,
     load_text_encoder,
-    prompts_of,
-    save_features,
+    read_features,
+    write_features,
 )
 
 pytestmark = pytest.mark.portable_only  # no kernel of ours is in it
@@ -109,15 +109,15 @@ def features(n: int = 1, width: int = 8) -> TextFeatures:
 def test_features_to_a_file_and_back(tmp_path: Path, with_negative: bool) -> None:
     path = tmp_path / "features.safetensors"
     prompts = Prompts(features(), features() if with_negative else None)
-    save_features(path, prompts)
+    write_features(path, prompts)
     config = FluxConfig(joint_attention_dim=8, pooled_projection_dim=3)
-    found = prompts_of(load_file(path), config)
+    found = read_features(load_file(path), config)
     assert (found.negative is not None) == with_negative
     for expected, got in zip(prompts, found, strict=True):
         for x, y in zip(expected or (), got or (), strict=True):
             assert x is not None and y is not None and torch.equal(x, y)
     with pytest.raises(ValueError, match=r"output: expected a new file, .*features.safetensors"):
-        save_features(path, prompts)
+        write_features(path, prompts)
 
 
 def test_bad_features() -> None:
@@ -125,13 +125,13 @@ def test_bad_features() -> None:
     good = {"prompt.text": torch.zeros(2, 5, 8), "prompt.text_mask": torch.ones(2, 5)}
     good["prompt.pooled"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"embeddings: expected prompt.text, .* got nothing"):
-        prompts_of({}, config)
+        read_features({}, config)
     with pytest.raises(ValueError, match=r"embeddings: expected .* got negative.text, prompt"):
-        prompts_of(good | {"negative.text": torch.zeros(2, 5, 8)}, config)
+        read_features(good | {"negative.text": torch.zeros(2, 5, 8)}, config)
     for name, x, message in (
         ("text", torch.zeros(2, 5, 9), r"prompt.text: expected shape \[2, 5, 8\], got \[2, 5, 9\]"),
         ("text_mask", torch.zeros(1, 5), r"prompt.text_mask: expected shape \[2, 5\]"),
         ("pooled", torch.zeros(2, 4), r"prompt.pooled: expected shape \[2, 3\], got \[2, 4\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            prompts_of(good | {f"prompt.{name}": x}, config)
+            read_features(good | {f"prompt.{name}": x}, config)

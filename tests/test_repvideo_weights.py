@@ -304,7 +304,10 @@ def test_conversions_that_are_refused(sat_folder: Path, tmp_path: Path, capsys) 
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
         ((sat_folder, tmp_path), f"output: expected a new folder, {tmp_path} exists"),
-        ((sat_folder, tmp_path / "no" / "out"), "output: expected a new folder in one that exists"),
+        (
+            (sat_folder, tmp_path / "no" / "out"),
+            "output: expected an existing folder, got",
+        ),
         ((tmp_path / "nowhere", tmp_path / "out"), "folder: expected config.json in"),
         ((sat_folder, tmp_path / "out", "--config", tmp_path / "no.json"), "expected no.json in"),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidgen import verify
+from vidgen import cli, verify
 from vidgen_kernels._triton import is_interpreted
 
 CASES = Path(__file__).parent / "golden" / "nova"
@@ -154,6 +154,19 @@ def test_the_folder_may_come_from_the_environment(folder: Path, capsys, monkeypa
 
 def test_no_cases_is_an_error(tmp_path: Path, capsys) -> None:
     assert run(capsys, "--golden", str(tmp_path))[0] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"suggested_tolerance": 3}, {"config": None}, {"tables": 3}, {"tensors": [1]}],
+    ids=str,
+)
+def test_files_that_are_no_cases_are_named(change: dict, tmp_path: Path, capsys) -> None:
+    case = {"model": "nova", "kind": "set_attention", **change}
+    (tmp_path / "a.json").write_text(json.dumps(case))
+    assert cli.main(["verify", "--golden", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"golden: expected a case in {tmp_path / 'a.json'}: " in error and error.count("\n") == 1
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="only the interpreter computes bf16 wrongly")

@@ -36,11 +36,8 @@ def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Te
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
-        names = read_config(path.parent, path.name)["weight_map"].values()
         return {
-            k: x
-            for name in sorted(set(names))
-            for k, x in read_state_dict(path.parent / name).items()
+            k: x for name in _files_of(path) for k, x in read_state_dict(path.parent / name).items()
         }
     if path.suffix == ".safetensors":
         return read_safetensors(path)
@@ -50,7 +47,23 @@ def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Te
         # the rest of torch's message tells how to read a file that one trusts
         what, _, _ = str(problem).partition(". ")
         raise ValueError(f"checkpoint: expected tensors in {path}: {what}") from problem
-    return state[within] if within is not None and within in state else state
+    if isinstance(state, dict) and within is not None and within in state:
+        state = state[within]
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"checkpoint: expected tensors by name in {path}, got {type(state).__name__}"
+        )
+    return state
+
+
+def _files_of(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it."""
+    names = read_config(index.parent, index.name).get("weight_map")
+    files = set(map(str, names.values())) if isinstance(names, dict) else set()
+    if not files or any(Path(name).name != name for name in files):
+        expected = f"expected a weight_map of files beside it in {index}"
+        raise ValueError(f"{index.name}: {expected}, got {names!r:.80}")
+    return sorted(files)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -81,14 +94,22 @@ def read_folder(
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON file of a folder. Raises ValueError where there is none, or it is not JSON."""
+    """A JSON file of a folder. Raises ValueError where there is none, or it has no object."""
     path = Path(folder) / name
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"folder: expected {name} in {folder}, found none")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{name}: expected an object in {path}, got {type(config).__name__}")
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """What is in a file. Raises ValueError where it is not JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as problem:
-        raise ValueError(f"{name}: expected JSON in {path}: {problem}") from problem
+        raise ValueError(f"{path.name}: expected JSON in {path}: {problem}") from problem
 
 
 def load_exactly(
@@ -139,6 +160,24 @@ def write_state_dict(path: str | Path, state: Mapping[str, Tensor]) -> None:
         save_file({key: x.detach().contiguous().cpu() for key, x in state.items()}, unfinished)
 
 
+def check_new(path: Path, kind: str = "file") -> None:
+    """Before long work. Raises ValueError where no new file, or folder, can be made there."""
+    if os.path.lexists(path):  # a link to nothing, too
+        raise ValueError(f"output: expected a new {kind}, {path} exists")
+    if not path.parent.is_dir():
+        raise ValueError(f"output: expected an existing folder, got {path.parent}")
+    try:
+        tempfile.NamedTemporaryFile(**_beside(path)).close()
+    except OSError as problem:
+        expected = f"expected a name and a folder that can be written, got {path}"
+        raise ValueError(f"output: {expected}: {problem.strerror}") from problem
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """Of a temporary file, for `tempfile`."""
+    return {"dir": path.parent, "prefix": f".{path.stem}-", "suffix": path.suffix}
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A temporary name beside ``path``, which becomes ``path`` when all is written.
@@ -147,11 +186,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         ValueError: ``path`` exists: no file is overwritten; or its folder does not.
     """
     path = Path(path)
-    if path.exists():
-        raise ValueError(f"output: expected a new file, {path} exists")
-    if not path.parent.is_dir():
-        raise ValueError(f"output: expected an existing folder, got {path.parent}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    check_new(path)
+    handle, name = tempfile.mkstemp(**_beside(path))
     os.close(handle)
     unfinished = Path(name)
     try:

@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
+
+from vidgen.arguments import names, output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -38,12 +41,27 @@ EXTRAS = {
 # A finished test in pytest's verbose output: its parameters and how far the run is.
 FINISHED = re.compile(r"\[(?P<case>\S+)\] [A-Z]+.*\[ *(?P<percent>\d+)%\]")
 
+# What PyTorch says of a GPU and of a CPU; a CPU's has no class of its own.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory")
 
 Run = Callable[[argparse.Namespace], int]
 
 
 class CommandError(Exception):
     """What the user can do something about, said in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong: some commands have more options than fit on a screen.
+
+    Names of options are not completed, so that a new option breaks nobody's command.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,6 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         if extra is None:
             raise
         message = f"needs {name}: pip install 'vidgen-kernels[{extra}]'"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        message = f"not enough memory: {error}".partition("\n")[0]
     except KeyboardInterrupt:
         message = "interrupted"
     print(f"vidgen: error: {message}", file=sys.stderr)
@@ -68,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vidgen",
         description="Exact, fast kernels for video-generation transformers, and models on them.",
     )
@@ -98,7 +120,7 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
         help=f"what to time, of {', '.join(ops)} (default: all)",
     )
     parser.add_argument(
-        "--shapes", metavar="PATTERN", help="shapes by name, e.g. 'wan_*' (commas: or)"
+        "--shapes", type=names, metavar="PATTERN", help="shapes by name, e.g. 'wan_*' (commas: or)"
     )
     parser.add_argument(
         "--shape-set",
@@ -106,14 +128,17 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
         help="real (default on a GPU), or reduced: minutes on a CPU (default there)",
     )
     parser.add_argument(
-        "--providers", metavar="NAMES", help="comma-separated; `vidgen info` lists them"
+        "--providers", type=names, metavar="NAMES", help="comma-separated; `vidgen info` lists them"
     )
     parser.add_argument(
-        "--dtype", metavar="NAMES", help="bf16, fp16, fp32, fp64 (default: bf16, CPU fp32)"
+        "--dtype",
+        type=names,
+        metavar="NAMES",
+        help="bf16, fp16, fp32, fp64 (default: bf16, CPU fp32)",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="results and plots (default: bench/results/<gpu>)",
     )

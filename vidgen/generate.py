@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import MAX_SEED, MAX_SIDE, whole
 from .checkpoint import read_safetensors
 from .media import check_output, write_frames
 from .ops import OPS, Ops
@@ -92,9 +93,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a model of small size with random weights: noise, to try the command",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED), default=0, metavar="N", help="default: 0"
+    )
     add_ops_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda, else cpu)")
+
+
+def add_size_arguments(
+    group: argparse._ArgumentGroup, multiple: int, *, height: str, width: str
+) -> None:
+    """`--height` and `--width`, in pixels; the texts say what they are by default.
+
+    A model checks the multiple, which its config may change.
+    """
+    for name, default in (("height", height), ("width", width)):
+        group.add_argument(
+            f"--{name}",
+            type=whole(1, MAX_SIDE),
+            metavar="N",
+            help=f"a multiple of {multiple} (default: {default})",
+        )
 
 
 def add_ops_argument(parser: argparse.ArgumentParser) -> None:
@@ -135,10 +154,6 @@ def read_device(name: str | None) -> torch.device:
 def read_common(args: argparse.Namespace, progress: Progress) -> Run:
     """What the common options say. Raises ValueError where they do not fit together."""
     device = read_device(args.device)
-    for name in ("height", "width", "steps"):  # which the models take for not given if they are 0
-        n = getattr(args, name)
-        if n is not None and n < 1:
-            raise ValueError(f"{name}: expected at least 1, got {n}")
     if args.prompt is not None and args.embeddings is not None:
         raise ValueError("prompt: expected a prompt or embeddings, got both")
     instead = args.embeddings is not None or getattr(args, "class_label", None) is not None

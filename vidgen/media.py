@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import written_whole
+from .checkpoint import check_new, written_whole
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
@@ -78,10 +78,7 @@ def check_output(path: str | Path, n_frames: int) -> None:
     known = VIDEOS if n_frames > 1 else (*IMAGES, *VIDEOS)
     if path.suffix not in known:
         raise ValueError(f"output: expected a name that ends in {', '.join(known)}, got {path}")
-    if path.exists():
-        raise ValueError(f"output: expected a new file, {path} exists")
-    if not path.parent.is_dir():
-        raise ValueError(f"output: expected an existing folder, got {path.parent}")
+    check_new(path)
     importlib.import_module("PIL" if path.suffix in IMAGES else "av")
 
 

@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from .arguments import MOST, number, whole
+from .checkpoint import check_new
 from .generate import add_model_arguments, read_device
 from .ops import OPS, Ops
 from .progress import SILENT, Bars
 from .samples import Samples
-from .trainer import Process, Recipe, Schedule, Trainer
+from .trainer import Process, Recipe, Schedule, Trainer, last_checkpoint
 
 MODELS = {
     "pyramid-flow": "vidgen.pyramid_flow.train",
@@ -61,25 +63,22 @@ def add_common_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> Non
     add("--dtype", choices=sorted(DTYPES), help="of autocast (default: bf16 on a GPU, else fp32)")
     add("--data", type=Path, metavar="DIR", required=True, help="safetensors, a sample in each")
     add("--output", type=Path, metavar="DIR", required=True, help="a new folder")
-    add("--steps", type=int, default=1000, help=f"of the whole run ({shown})")
-    add("--batch-size", type=int, default=recipe.batch_size, help=f"of a process ({shown})")
-    add("--learning-rate", type=float, default=recipe.learning_rate, help=shown)
-    add("--weight-decay", type=float, default=recipe.weight_decay, help=shown)
-    add("--warmup-steps", type=int, default=recipe.warmup_steps, help=shown)
-    add(
-        "--max-gradient-norm",
-        type=float,
-        default=recipe.max_norm,
-        help=f"gradients above are scaled down, 0: none are ({shown})",
-    )
-    add(
-        "--prompt-dropout",
-        type=float,
-        default=PROMPT_DROPOUT,
-        help=f"share of samples that are trained without their prompt ({shown})",
-    )
+    for name, type, default, help in (
+        ("steps", whole(), 1000, "of the whole run"),
+        ("batch-size", whole(), recipe.batch_size, "of a process"),
+        ("warmup-steps", whole(0), recipe.warmup_steps, "in which the learning rate grows from 0"),
+        ("save-every", whole(), 500, "steps between checkpoints"),
+    ):
+        add(f"--{name}", type=type, default=default, metavar="N", help=f"{help} ({shown})")
+    for name, most, default, help in (
+        ("learning-rate", 1, recipe.learning_rate, "after warm-up"),
+        ("weight-decay", 1, recipe.weight_decay, "of matrices and kernels"),
+        ("max-gradient-norm", MOST, recipe.max_norm, "gradients above are scaled down, 0: none"),
+        ("prompt-dropout", 1, PROMPT_DROPOUT, "share of samples trained without their prompt"),
+    ):
+        kind, shown = number(0, most), "default: %(default)g"
+        add(f"--{name}", type=kind, default=default, metavar="X", help=f"{help} ({shown})")
     add("--gradient-checkpointing", action="store_true", help="less memory for more time")
-    add("--save-every", type=int, default=500, metavar="N", help=f"steps ({shown})")
     add(
         "--resume",
         action="store_true",
@@ -141,25 +140,15 @@ def _train(args: argparse.Namespace, process: Process) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("steps", 1), ("batch_size", 1), ("save_every", 1), ("warmup_steps", 0)):
-        if getattr(args, name) < least:
-            expected = f"expected at least {least}, got {getattr(args, name)}"
-            raise ValueError(f"{name.replace('_', '-')}: {expected}")
-    for name in ("learning_rate", "weight_decay", "max_gradient_norm"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            expected = f"expected a number of at least 0, got {getattr(args, name)}"
-            raise ValueError(f"{name.replace('_', '-')}: {expected}")
-    if not 0 <= args.prompt_dropout <= 1:
-        raise ValueError(f"prompt-dropout: expected 0 to 1, got {args.prompt_dropout}")
     if args.checkpoint is not None and not args.checkpoint.is_dir():
         raise ValueError(f"checkpoint: expected a folder, {args.checkpoint} is none")
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    if args.output.exists() and not args.resume:
-        raise ValueError(f"output: expected a new folder or --resume, {args.output} exists")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"output: expected an existing folder, got {args.output.parent}")
+    if args.resume:
+        last_checkpoint(args.output)
+    else:
+        check_new(args.output, "folder or --resume")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidgen.checkpoint import read_config
+from vidgen.checkpoint import read_json
 from vidgen.generate import add_ops_argument
 from vidgen.golden import Pixels, Results, Where, flatten
 from vidgen.nova import golden as nova
@@ -78,25 +78,32 @@ KINDS = {"nova": nova.KINDS, "pyramid_flow": pyramid_flow.KINDS, "repvideo": rep
 def find_cases(folder: Path) -> Iterator[Case]:
     """JSON files below ``folder`` that say model and kind; others are tables, not cases."""
     for path in sorted(folder.rglob("*.json")):
-        data = read_config(path.parent, path.name)
+        data = read_json(path)
         if isinstance(data, dict) and "model" in data and "kind" in data:
-            allowed = data.get("suggested_tolerance", {})
-            bounds = float(allowed.get("atol", 0.0)), float(allowed.get("rtol", 0.0))
-            config = data.get("config", {}) | {k: data[k] for k in SECTIONS if k in data}
-            expected: Tensors = {}
-            if "tables" in data:
-                expected = flatten(data["tables"])
-                config["tables"] = [
-                    {name: x for name, x in table.items() if not isinstance(x, (dict, list))}
-                    for table in data["tables"]
-                ]
-            meanings = {
-                name.removeprefix("out."): x.get("meaning", "")
-                for name, x in data.get("tensors", {}).items()
-                if name.startswith("out.")
-            }
-            case = data["model"], data["kind"], config
-            yield Case(path, *case, *bounds, expected, meanings)
+            try:
+                case = _read_case(path, data)
+            except (AttributeError, TypeError, ValueError) as problem:
+                raise ValueError(f"expected a case in {path}: {problem}") from problem
+            yield case
+
+
+def _read_case(path: Path, data: dict[str, Any]) -> Case:
+    allowed = data.get("suggested_tolerance", {})
+    bounds = float(allowed.get("atol", 0.0)), float(allowed.get("rtol", 0.0))
+    config = data.get("config", {}) | {k: data[k] for k in SECTIONS if k in data}
+    expected: Tensors = {}
+    if "tables" in data:
+        expected = flatten(data["tables"])
+        config["tables"] = [
+            {name: x for name, x in table.items() if not isinstance(x, (dict, list))}
+            for table in data["tables"]
+        ]
+    meanings = {
+        name.removeprefix("out."): x.get("meaning", "")
+        for name, x in data.get("tensors", {}).items()
+        if name.startswith("out.")
+    }
+    return Case(path, str(data["model"]), str(data["kind"]), config, *bounds, expected, meanings)
 
 
 def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:

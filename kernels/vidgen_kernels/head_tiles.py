@@ -13,14 +13,14 @@ MIN_BLOCK = 16  # columns that tensor cores take at least
 def block_widths(head_dim: int, block_d: int) -> dict[str, int]:
     """Of all blocks but the last, and of the last."""
     n_last = (head_dim - 1) % block_d + 1
-    return {"BLOCK_D": block_d, "LAST_D": max(MIN_BLOCK, triton.next_power_of_2(n_last))}
+    return {"BLOCK_D": block_d, "LAST_D": max(MIN_BLOCK, 1 << (n_last - 1).bit_length())}
 
 
 @triton.jit
 def column_blocks(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LAST_D: tl.constexpr):
     N_BLOCKS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     blocks = ()
-    for i in tl.static_range(N_BLOCKS):
+    for i in tl.static_range(N_BLOCKS):  # pyright: ignore
         blocks += (i * BLOCK_D + tl.arange(0, BLOCK_D if i + 1 < N_BLOCKS else LAST_D),)
     return blocks
 
@@ -37,7 +37,7 @@ def tile_ptrs(ptr, head, n_heads, stride, offs_t, offs_d):
     """Pointers to tokens ``offs_t`` of a head; offsets are 64-bit."""
     rows = head_ptr(ptr, head, n_heads, stride) + offs_t.to(tl.int64)[:, None] * stride[2]
     ptrs = ()
-    for i in tl.static_range(len(offs_d)):
+    for i in tl.static_range(len(offs_d)):  # pyright: ignore
         ptrs += (rows + offs_d[i][None, :],)
     return ptrs
 
@@ -47,7 +47,7 @@ def load_tile(ptrs, offset, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MA
     """Tokens ``offs_t``, ``offset`` elements after ``ptrs``; zeros past ``HEAD_DIM`` and, with
     ``MASK``, past ``n_tokens``."""
     tile = ()
-    for i in tl.static_range(len(offs_d)):
+    for i in tl.static_range(len(offs_d)):  # pyright: ignore
         is_col = (offs_d[i] < HEAD_DIM)[None, :]
         if MASK:
             mask = (offs_t < n_tokens)[:, None] & is_col
@@ -63,7 +63,7 @@ def load_tile(ptrs, offset, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MA
 @triton.jit
 def store_tile(ptrs, tile, scale, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr):
     """``scale`` times the tile, a number or one for each row [rows, 1]."""
-    for i in tl.static_range(len(offs_d)):
+    for i in tl.static_range(len(offs_d)):  # pyright: ignore
         mask = (offs_t < n_tokens)[:, None] & (offs_d[i] < HEAD_DIM)[None, :]
         tl.store(ptrs[i], (tile[i] * scale).to(ptrs[i].dtype.element_ty), mask=mask)
 
@@ -71,7 +71,7 @@ def store_tile(ptrs, tile, scale, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constex
 @triton.jit
 def zero_tile(ROWS: tl.constexpr, offs_d, ACC: tl.constexpr):
     tile = ()
-    for i in tl.static_range(len(offs_d)):
+    for i in tl.static_range(len(offs_d)):  # pyright: ignore
         tile += (tl.zeros([ROWS, offs_d[i].shape[0]], ACC),)
     return tile
 
@@ -79,9 +79,9 @@ def zero_tile(ROWS: tl.constexpr, offs_d, ACC: tl.constexpr):
 @triton.jit
 def scores(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T, [rows of a, rows of b]."""
-    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
-    for i in tl.static_range(1, len(a)):
-        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION, out_dtype=ACC)
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)  # pyright: ignore
+    for i in tl.static_range(1, len(a)):  # pyright: ignore
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION, out_dtype=ACC)  # pyright: ignore
     return s
 
 
@@ -89,9 +89,9 @@ def scores(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 def add_product(acc, p, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """acc + p b, for p [rows of acc, rows of b], rounded to the dtype of b."""
     total = ()
-    for i in tl.static_range(len(acc)):
+    for i in tl.static_range(len(acc)):  # pyright: ignore
         p_ = p.to(b[i].dtype)
-        block = tl.dot(p_, b[i], acc[i], input_precision=PRECISION, out_dtype=ACC)
+        block = tl.dot(p_, b[i], acc[i], input_precision=PRECISION, out_dtype=ACC)  # pyright: ignore
         total += (block,)
     return total
 
@@ -100,7 +100,7 @@ def add_product(acc, p, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 def scale_rows(tile, factor):
     """``factor`` [rows]."""
     scaled = ()
-    for i in tl.static_range(len(tile)):
+    for i in tl.static_range(len(tile)):  # pyright: ignore
         scaled += (tile[i] * factor[:, None],)
     return scaled
 
@@ -109,6 +109,6 @@ def scale_rows(tile, factor):
 def sum_of_products(a, b, ACC: tl.constexpr):
     """a_i . b_i of each row."""
     total = tl.sum(a[0].to(ACC) * b[0].to(ACC), 1)
-    for i in tl.static_range(1, len(a)):
+    for i in tl.static_range(1, len(a)):  # pyright: ignore
         total += tl.sum(a[i].to(ACC) * b[i].to(ACC), 1)
     return total

@@ -11,6 +11,7 @@ Shapes: x, f, h, a [B, T, D]; weight, bias [D]; gate, scale, shift as `Modulatio
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def _portable_bwd(
         and da is not None and da.dtype == y.dtype == stats.dtype
         and (not scale or portable.is_small(y, *scale))
     )  # fmt: skip
-    results = empty_bwd(
+    results = empty_bwd(  # PyTorch makes dx and dscale of a whole: nothing is there to be filled
         dh, da, dtotal, dy, y[:, :0] if is_whole else y, stats, f, entries, cache_gate, gate, scale,
         weight, bias, text_length, n_entries, norm, f_dtype, entries_dtype, sum_dtype, need_f,
         need_entries, need_scale and not is_whole, need_affine, per_sample,
@@ -116,6 +117,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.f_dtype = x.dtype if f is None else f.dtype
     ctx.entry_dtypes, ctx.n_older = [entry.dtype for entry in entries], len(older)
     y = x if f is None else output[0] if cache_gate is None else output[3]
+    if given(y) is None:
+        raise RuntimeError(
+            "residual_norm_fwd: traced without gradients, it keeps nothing for a backward;"
+            " trace it with inputs that require them"
+        )
     f = f if any(v.requires_grad for v in gate) else None  # only dgate reads it
     groups = gate, scale, shift, older or entries
     ctx.n_saved = [len(group) for group in groups]
@@ -143,7 +149,7 @@ def _backward(ctx, dh, da, dtotal, dy, _):
         backward_op(
             dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale, weight, bias,
             ctx.text_length, ctx.n_entries, ctx.norm, ctx.f_dtype,
-            ctx.entry_dtypes[0] if ctx.entry_dtypes else y.dtype, ctx.sum_dtype,
+            reduce(torch.promote_types, ctx.entry_dtypes or [y.dtype]), ctx.sum_dtype,
             need_f and bool(gate), need_entries, need_scale and da is not None,
             need_affine, per_sample,
         ),

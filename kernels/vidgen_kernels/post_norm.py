@@ -234,8 +234,8 @@ def _backward(ctx, do, _):
                 dgate = dgate if bias is None else dgate + sum_dn * bias
             sums = sums * gate
         sum_dbias, sum_dweight = sums.sum(dim=0)
-        dweight = sum_dweight.to(weight.dtype) if need_weight else None
-        dbias = sum_dbias.to(bias.dtype) if need_bias else None
+        dweight = None if weight is None else sum_dweight.to(weight.dtype)
+        dbias = None if bias is None else sum_dbias.to(bias.dtype)
     dgate = dgate.to(gate.dtype) if gate is not None and need_gate else None
     return do, df if need_f else None, dgate, dweight, dbias, None, None
 

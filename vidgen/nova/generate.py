@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vidgen.arguments import MAX_STEPS, number, whole
 from vidgen.checkpoint import read_config
-from vidgen.generate import Run, Video
+from vidgen.generate import Run, Video, add_size_arguments
 from vidgen.media import fit, read_frames
 
 from .config import NovaConfig
-from .embeddings import DEFAULT_FLOW
+from .embeddings import DEFAULT_FLOW, N_CLASSES
 from .example import SMALL, example_features, example_pipeline
 from .guidance import Guidance
 from .pipeline import FPS, NovaPipeline, shifted
@@ -25,43 +26,74 @@ SUMMARY = "NOVA: text to image or video, an image or the beginning of a video to
 
 FRAMES_PER_LATENT = 4
 N_LATENTS = 9  # of a video: 33 frames
+N_SETS = 64
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--height", type=int, help="a multiple of 32 (default: that of training)")
-    add("--width", type=int, help="a multiple of 32 (default: that of training)")
+    add_size_arguments(group, 32, height="that of training", width="that of training")
     length = group.add_mutually_exclusive_group()
     length.add_argument(
         "--latents",
-        type=int,
+        type=whole(),
         metavar="N",
         help="latent frames, given ones included; more than in training extrapolate "
         f"(default: {N_LATENTS}, for models of images 1)",
     )
-    length.add_argument("--frames", type=int, metavar="N", help="the same in frames: 1 + 4 k")
+    length.add_argument("--frames", type=whole(), metavar="N", help="the same in frames: 1 + 4 k")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--image", type=Path, metavar="FILE", help="the first frame")
     start.add_argument(
         "--video", type=Path, metavar="FILE", help="its last 1 + 4 k frames begin the video"
     )
-    add("--class-label", type=int, metavar="N", help="instead of a prompt, for models of classes")
-    add("--sets", type=int, default=64, help="into which a frame is divided (default: 64)")
-    add("--steps", type=int, help="of diffusion for a set (default: 25; 100 for DDPM models)")
-    add("--flow-shift", type=float, help="of the noise levels, for flow-matching models")
-    add("--flow", type=float, default=DEFAULT_FLOW, help="how much moves (default: %(default)g)")
+    add(
+        "--class-label",
+        type=whole(0, N_CLASSES),
+        metavar="N",
+        help=f"instead of a prompt, for models of classes; {N_CLASSES}: none of them",
+    )
+    add(
+        "--sets",
+        type=whole(),
+        metavar="N",
+        help=f"into which a frame is divided (default: {N_SETS}, or its tokens if they are fewer)",
+    )
+    add(
+        "--steps",
+        type=whole(1, MAX_STEPS),
+        metavar="N",
+        help="of diffusion for a set (default: 25; 100 for DDPM models)",
+    )
+    add(
+        "--flow-shift",
+        type=number(above=True),
+        metavar="X",
+        help="of the noise levels, for flow-matching models",
+    )
+    add(
+        "--flow",
+        type=number(),
+        default=DEFAULT_FLOW,
+        metavar="X",
+        help="how much moves (default: %(default)g)",
+    )
     add("--order", choices=ORDERS, default=ORDERS[0], help="official: slow, the same result")
     add("--graphs", action="store_true", help="replay CUDA graphs")
-    for name, help in (
-        ("guidance-scale", "1: none (default: %(default)g)"),
-        ("min-guidance-scale", "where it starts at the first set (default: --guidance-scale)"),
-        ("guidance-trunc", "none at timesteps below (default: %(default)g)"),
-        ("guidance-renorm", "least ratio of norms (default: %(default)g, none)"),
-        ("image-guidance-scale", "away from no frames (default: %(default)g)"),
-        ("spatiotemporal-guidance-scale", "as released, without effect (default: %(default)g)"),
+    ratio = number(0, 1, above=True)
+    for name, type, help in (
+        ("guidance-scale", number(), "1: none (default: %(default)g)"),
+        ("min-guidance-scale", number(), "that of the first set (default: --guidance-scale)"),
+        ("guidance-trunc", number(), "none at timesteps below (default: %(default)g)"),
+        ("guidance-renorm", ratio, "least ratio of norms (default: %(default)g, none)"),
+        ("image-guidance-scale", number(), "away from no frames (default: %(default)g)"),
+        (
+            "spatiotemporal-guidance-scale",
+            number(),
+            "as released, without effect (default: %(default)g)",
+        ),
     ):
         default = getattr(Guidance(), name.replace("-", "_"))
-        add(f"--{name}", type=float, default=default, help=help)
+        add(f"--{name}", type=type, default=default, metavar="X", help=help)
 
 
 def count_frames(args: argparse.Namespace) -> int:
@@ -71,14 +103,22 @@ def count_frames(args: argparse.Namespace) -> int:
 
 def _count_latents(args: argparse.Namespace) -> int:
     if args.frames is not None:
-        if args.frames < 1 or (args.frames - 1) % FRAMES_PER_LATENT:
+        if (args.frames - 1) % FRAMES_PER_LATENT:
             raise ValueError(f"frames: expected 1 + {FRAMES_PER_LATENT} k, got {args.frames}")
         return 1 + (args.frames - 1) // FRAMES_PER_LATENT
     if args.latents is not None:
-        if args.latents < 1:
-            raise ValueError(f"latents: expected at least 1, got {args.latents}")
         return args.latents
     return N_LATENTS if _transformer_config(args).has_motion else 1
+
+
+def count_sets(wanted: int | None, config: NovaConfig) -> int:
+    """Into which a frame is divided. Raises ValueError for more than it has tokens."""
+    if wanted is None:
+        return min(N_SETS, config.n_tokens)
+    if wanted > config.n_tokens:
+        expected = f"expected at most {config.n_tokens}, the tokens of a frame"
+        raise ValueError(f"sets: {expected}, got {wanted}")
+    return wanted
 
 
 def _transformer_config(args: argparse.Namespace) -> NovaConfig:
@@ -91,9 +131,12 @@ def generate(args: argparse.Namespace, run: Run) -> Video:
     """Numbers are checked before models are read, all of the request before anything is made."""
     config = _transformer_config(args)
     size = args.height or config.image_size[0], args.width or config.image_size[1]
-    config.resized(*size)
+    stride = config.image_stride * config.video_patch
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side % stride:
+            raise ValueError(f"{name}: expected a multiple of {stride}, got {side}")
     sampling = SamplingConfig(
-        num_inference_steps=args.sets,
+        num_inference_steps=count_sets(args.sets, config.resized(*size)),
         max_latent_length=_count_latents(args),
         guidance=Guidance(**{name: getattr(args, name) for name in Guidance.__dataclass_fields__}),
         order=args.order,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from vidgen.arguments import whole
 from vidgen.checkpoint import read_config, read_folder
 from vidgen.train import Run
 from vidgen.trainer import Recipe
 
 from .config import SPATIAL_ATTENTION, NovaConfig
 from .example import SMALL, example_model
+from .generate import N_SETS, count_sets
 from .objective import NovaObjective
 from .schedules import FlowMatching, read_schedule
 from .training import freeze
@@ -32,7 +34,10 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         help="within a frame, as released or set by set (default: as the checkpoint says)",
     )
     group.add_argument(
-        "--sets", type=int, default=64, help="of a frame, for set_causal (default: %(default)s)"
+        "--sets",
+        type=whole(),
+        metavar="N",
+        help=f"of a frame, for set_causal (default: {N_SETS}, or its tokens if they are fewer)",
     )
 
 
@@ -53,4 +58,5 @@ def load(args: argparse.Namespace, run: Run) -> NovaObjective:
     for encoder in (model.video_encoder, model.image_encoder):
         encoder.gradient_checkpointing = run.gradient_checkpointing
     options = {"dtype": run.dtype, "prompt_dropout": run.prompt_dropout}
-    return NovaObjective(model, raw, schedule, args.sets, **options)
+    n_sets = count_sets(args.sets, model.config)
+    return NovaObjective(model, raw, schedule, n_sets, **options)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vidgen.generate import Run, Video
+from vidgen.arguments import MAX_SIDE, MAX_STEPS, number, whole
+from vidgen.generate import Run, Video, add_size_arguments
 from vidgen.media import IMAGES, fit, read_frames
 
 from .guidance import Guidance, LinearGuidance
@@ -21,7 +22,7 @@ from .random_weights import SMALL_SIZE, random_pipeline, random_prompts
 from .sampling import estimate_cache
 from .sampling_config import SamplingConfig
 from .sampling_run import check_prompts
-from .text import NEGATIVE_PROMPT, Prompts, prompts_of
+from .text import NEGATIVE_PROMPT, Prompts, read_features
 
 SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a video to video"
 
@@ -30,6 +31,7 @@ SIZES = {"_384p": (384, 640), "_768p": (768, 1280), "_image": (1024, 1024)}
 FRAMES_PER_LATENT = 8
 N_UNITS = 16  # of a video: 121 frames
 TILE, LOW_MEMORY_TILE = 512, 256  # pixels, as in the released code
+TILE_MULTIPLE = 32
 CACHES = {"off": OFF, "stages01": CachePolicy(stages=(0, 1)), "all": CachePolicy()}
 
 
@@ -41,21 +43,23 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="FOLDER",
         help="the transformer, a folder of the checkpoint (default: %(default)s)",
     )
-    add("--height", type=int, help="a multiple of 64 (default: that of the variant)")
-    add("--width", type=int, help="a multiple of 64 (default: that of the variant)")
+    add_size_arguments(group, 64, height="that of the variant", width="that of the variant")
     length = group.add_mutually_exclusive_group()
     length.add_argument(
         "--units",
-        type=int,
+        type=whole(),
         metavar="N",
         help=f"the first frame is one, given ones count (default: {N_UNITS}, for an image file 1)",
     )
     length.add_argument(
-        "--frames", type=int, metavar="N", help="the same in frames: 1 + 8 k times those of a unit"
+        "--frames",
+        type=whole(),
+        metavar="N",
+        help="the same in frames: 1 + 8 k times those of a unit",
     )
     add(
         "--frames-per-unit",
-        type=int,
+        type=whole(),
         default=1,
         metavar="N",
         help="latent frames that are made at once, as the checkpoint was trained; 8 frames each "
@@ -67,14 +71,26 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--video", type=Path, metavar="FILE", help="its last frames, 1 + 8 k, begin the video"
     )
     add("--new-only", action="store_true", help="write the frames after those of --video only")
-    add("--steps", type=int, default=20, help="per stage of the first unit (default: 20)")
-    add("--video-steps", type=int, default=10, help="per stage of all others (default: 10)")
-    add("--guidance", type=float, default=7.0, help="of the first unit, 1: none (default: 7)")
-    add("--video-guidance", type=float, help="of all others (default: 5, after given frames 4)")
+    for name, default, unit in (("steps", 20, "the first unit"), ("video-steps", 10, "all others")):
+        help = f"per stage of {unit} (default: {default})"
+        add(f"--{name}", type=whole(1, MAX_STEPS), default=default, metavar="N", help=help)
+    add(
+        "--guidance-scale",
+        type=number(),
+        default=7.0,
+        metavar="X",
+        help="of the first unit, 1: none; 0: none of any unit (default: %(default)g)",
+    )
+    add(
+        "--video-guidance-scale",
+        type=number(),
+        metavar="X",
+        help="of all others (default: 5, after given frames 4)",
+    )
     add(
         "--linear-guidance",
         action="store_true",
-        help="from --guidance of the first unit down by 0.5 with each unit, to 2 at last",
+        help="from --guidance-scale of the first unit down by 0.5 with each unit, to 2 at last",
     )
     add(
         "--cache",
@@ -91,7 +107,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--tiling",
-        type=int,
+        type=whole(TILE_MULTIPLE, MAX_SIDE, multiple=TILE_MULTIPLE),
         nargs="?",
         const=TILE,
         metavar="PIXELS",
@@ -108,20 +124,16 @@ def count_frames(args: argparse.Namespace) -> int:
 
 def _unit_length(args: argparse.Namespace) -> int:
     """Frames of all units but the first, which is one frame."""
-    if args.frames_per_unit < 1:
-        raise ValueError(f"frames-per-unit: expected at least 1, got {args.frames_per_unit}")
     return FRAMES_PER_LATENT * args.frames_per_unit
 
 
 def _count_units(args: argparse.Namespace) -> int:
     if args.frames is not None:
         length = _unit_length(args)
-        if args.frames < 1 or (args.frames - 1) % length:
+        if (args.frames - 1) % length:
             raise ValueError(f"frames: expected 1 + {length} k, got {args.frames}")
         return 1 + (args.frames - 1) // length
     if args.units is not None:
-        if args.units < 1:
-            raise ValueError(f"units: expected at least 1, got {args.units}")
         return args.units
     return 1 if args.output.suffix in IMAGES else N_UNITS
 
@@ -179,8 +191,8 @@ def _pipeline(args: argparse.Namespace, run: Run) -> PyramidFlowPipeline:
 
 def guidance_of(args: argparse.Namespace) -> Guidance:
     released = 4.0 if args.image or args.video else 5.0
-    video = released if args.video_guidance is None else args.video_guidance
-    return Guidance(args.guidance, video, LinearGuidance() if args.linear_guidance else None)
+    video = released if args.video_guidance_scale is None else args.video_guidance_scale
+    return Guidance(args.guidance_scale, video, LinearGuidance() if args.linear_guidance else None)
 
 
 def _report_cache(estimate: CacheEstimate, policy: CachePolicy) -> None:
@@ -206,8 +218,8 @@ def _cache_policy(args: argparse.Namespace) -> CachePolicy:
         policy = CACHES[args.cache]
     else:
         try:
-            policy = CachePolicy(max_bytes=int(float(args.cache)))
-        except (ValueError, OverflowError):
+            policy = CachePolicy(max_bytes=int(number(most=float("inf"))(args.cache)))
+        except (argparse.ArgumentTypeError, OverflowError):
             expected = f"{', '.join(CACHES)} or a number of bytes"
             raise ValueError(f"cache: expected {expected}, got {args.cache}") from None
     return replace(policy, on_cpu=args.low_memory)
@@ -235,7 +247,7 @@ def _n_hidden(args: argparse.Namespace, given: Tensor | None) -> int:
 def _prompts(pipeline: PyramidFlowPipeline, run: Run) -> Prompts:
     config = pipeline.transformer.config
     if run.embeddings is not None:
-        return prompts_of(run.embeddings, config)
+        return read_features(run.embeddings, config)
     if run.checkpoint is None:
         return random_prompts(config)
     assert run.prompt is not None

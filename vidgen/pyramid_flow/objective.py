@@ -23,7 +23,7 @@ from vidgen.trainer import Batch, Objective
 from .config import PATCH
 from .history import training_units
 from .scheduler import PyramidFlowScheduler
-from .text import PARTS, prompts_of
+from .text import PARTS, read_features
 from .training import (
     Conditions,
     TrainingColumn,
@@ -57,7 +57,7 @@ class PyramidFlowObjective(Objective):
         if height % side or width % side:
             expected = f"height and width in multiples of {side}"
             raise ValueError(f"latents: expected {expected}, got {list(latents.shape)}")
-        if prompts_of(others, config).negative is None and self.prompt_dropout:
+        if read_features(others, config).negative is None and self.prompt_dropout:
             raise ValueError("negative: expected an empty prompt, or no prompt dropout, got none")
         for name, x in others.items():
             expected = [1, *others[f"prompt.{name.partition('.')[2]}"].shape[1:]]

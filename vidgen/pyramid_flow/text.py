@@ -121,7 +121,7 @@ def load_text_encoder(folder: str | Path, dtype: torch.dtype) -> TextEncoder:
     )
 
 
-def save_features(path: str | Path, prompts: Prompts) -> None:
+def write_features(path: str | Path, prompts: Prompts) -> None:
     """A new file of features. Raises ValueError where ``path`` exists."""
     tensors = {}
     for name, found in prompts._asdict().items():
@@ -132,7 +132,7 @@ def save_features(path: str | Path, prompts: Prompts) -> None:
     write_state_dict(path, tensors)
 
 
-def prompts_of(tensors: Mapping[str, Tensor], config: FluxConfig | MMDiTConfig) -> Prompts:
+def read_features(tensors: Mapping[str, Tensor], config: FluxConfig | MMDiTConfig) -> Prompts:
     """The prompts in a file of features, for a transformer of these sizes.
 
     Raises:

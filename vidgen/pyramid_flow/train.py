@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from vidgen.arguments import whole
 from vidgen.checkpoint import read_folder
 from vidgen.train import Run
 from vidgen.trainer import Recipe
@@ -20,6 +21,7 @@ RECIPE = Recipe(  # as released
     learning_rate=5e-5, batch_size=4, weight_decay=1e-4, max_norm=1.0, warmup_steps=1000
 )
 RATIOS = (1, 2, 1)
+MAX_RATIO = 1000
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -36,14 +38,20 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--ratios",
-        type=int,
+        type=whole(0, MAX_RATIO),
         nargs=3,
         default=RATIOS,
         metavar="N",
         help="samples of each stage, lowest resolution first; processes have the same work where "
         "the batch size is a multiple of their sum (default: 1 2 1)",
     )
-    add("--frames-per-unit", type=int, default=1, help="latent frames (default: %(default)s)")
+    add(
+        "--frames-per-unit",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="latent frames (default: %(default)s)",
+    )
     add(
         "--full-sequence",
         action="store_true",
@@ -54,10 +62,8 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 def load(args: argparse.Namespace, run: Run) -> PyramidFlowObjective:
     """Errors: `load_transformer`, and numbers out of range."""
     ratios = tuple(args.ratios)
-    if min(ratios) < 0 or not any(ratios):
-        raise ValueError(f"ratios: expected numbers of at least 0, not all 0, got {list(ratios)}")
-    if args.frames_per_unit < 1:
-        raise ValueError(f"frames-per-unit: expected at least 1, got {args.frames_per_unit}")
+    if not any(ratios):
+        raise ValueError(f"ratios: expected numbers that are not all 0, got {list(ratios)}")
     per_unit = args.frames_per_unit
     columns = TrainingConfig(ratios, frames_per_unit=per_unit, full_sequence=args.full_sequence)
     if run.checkpoint is None:

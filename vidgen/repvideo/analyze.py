@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidgen.checkpoint import written_whole
+from vidgen.checkpoint import check_new, written_whole
 from vidgen.generate import add_common_arguments, read_common
 from vidgen.progress import Bars
 
@@ -50,10 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def analyze(args: argparse.Namespace) -> None:
     pyplot = _pyplot()  # absent matplotlib shows before the work
-    if args.output.exists():
-        raise ValueError(f"output: expected a new folder, {args.output} exists")
-    if not args.output.parent.is_dir():
-        raise ValueError(f"output: expected an existing folder, got {args.output.parent}")
+    check_new(args.output, "folder")
     with Bars() as progress:
         common = read_common(args, progress)
         transformer, prompts = load_models(args, common)

@@ -17,7 +17,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from vidgen.checkpoint import FILES, read_config, write_state_dict
+from vidgen.checkpoint import FILES, check_new, read_config, write_state_dict
 
 from .keys import SAT_PREFIX, to_sat
 from .transformer import CogVideoXTransformer
@@ -64,10 +64,7 @@ def convert(source: Path, output: Path, *, config: Path | None = None) -> None:
     Raises:
         ValueError: ``output`` exists, or a source that is not a whole checkpoint.
     """
-    if output.exists():
-        raise ValueError(f"output: expected a new folder, {output} exists")
-    if not output.parent.is_dir():
-        raise ValueError(f"output: expected a new folder in one that exists, got {output}")
+    check_new(output, "folder")
     options = {} if config is None else read_config(config.parent, config.name)
     found, state = read_pretrained(source, **options)
     model = load_transformer(found, state)  # which says what is missing or left over

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidgen.arguments import MAX_STEPS, number, whole
 from vidgen.checkpoint import read_config
-from vidgen.generate import Run, Video
+from vidgen.generate import Run, Video, add_size_arguments
 from vidgen.media import to_uint8
 
 from .config import CogVideoXConfig
 from .pipeline import RepVideoPipeline, Sampling, VideoSize
 from .sampling import Guidance
 from .schedules import SAMPLERS, build_scheduler, diffusers_schedule, sat_schedule
-from .text import Prompts, load_text_encoder, prompts_of
+from .text import Prompts, load_text_encoder, read_features
 from .transformer import CogVideoXTransformer
 from .vae import load_pretrained_vae
 from .weights import is_sat_folder, load_pretrained
@@ -71,26 +72,37 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     """What it takes to make latents."""
     add = group.add_argument
     size = VideoSize()
-    small = f"with random weights {RANDOM_SIZE.height} x {RANDOM_SIZE.width}"
-    add("--height", type=int, help=f"a multiple of 16 (default: {size.height}; {small})")
-    add("--width", type=int, help=f"a multiple of 16 (default: {size.width})")
+    add_size_arguments(
+        group,
+        16,
+        height=f"{size.height}; with random weights {RANDOM_SIZE.height}",
+        width=f"{size.width}; with random weights {RANDOM_SIZE.width}",
+    )
     add(
         "--frames",
-        type=int,
+        type=whole(),
+        metavar="N",
         help=f"1 + 4 k (default: {size.n_frames}; with random weights {RANDOM_SIZE.n_frames})",
     )
-    add("--steps", type=int, default=50, help="default: %(default)s")
     add(
-        "--guidance",
-        type=float,
+        "--steps",
+        type=whole(1, MAX_STEPS),
+        default=50,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    add(
+        "--guidance-scale",
+        type=number(),
         default=Guidance.scale,
-        help="0: none; 1: none, where it is not dynamic (default: %(default)s)",
+        metavar="X",
+        help="0: none; 1: none, where it is not dynamic (default: %(default)g)",
     )
     add(
         "--dynamic-guidance",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="a weight that changes from step to step, up to 1 + the guidance (default: on)",
+        help="a weight that changes from step to step, up to 1 + the scale (default: on)",
     )
     add("--sampler", choices=SAMPLERS, help="default: dpm, or what a pipeline names")
     add(
@@ -150,11 +162,9 @@ def read_sampling(args: argparse.Namespace, config: CogVideoXConfig) -> Sampling
 
 
 def _read_guidance(args: argparse.Namespace) -> Guidance:
-    if args.guidance < 0:
-        raise ValueError(f"guidance: expected 0 or above, got {args.guidance}")
     if args.dynamic_guidance:
-        return Guidance(args.guidance)
-    return Guidance(args.guidance or 1.0, None)
+        return Guidance(args.guidance_scale)
+    return Guidance(args.guidance_scale or 1.0, None)
 
 
 def load_models(args: argparse.Namespace, run: Run) -> tuple[CogVideoXTransformer, Prompts]:
@@ -179,7 +189,7 @@ def load_models(args: argparse.Namespace, run: Run) -> tuple[CogVideoXTransforme
             prompts = _encode(args, run)
         transformer = load_pretrained(run.checkpoint, run.ops)
     if prompts is None:
-        prompts = prompts_of(run.embeddings or {}, transformer.config.text_embed_dim)
+        prompts = read_features(run.embeddings or {}, transformer.config.text_embed_dim)
     transformer = transformer.eval().requires_grad_(False).to(run.device, run.dtype)
     text, uncond = (x if x is None else x.to(run.device, run.dtype) for x in prompts)
     assert text is not None

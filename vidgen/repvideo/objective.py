@@ -15,7 +15,7 @@ from vidgen.samples import Sample, take_latents
 from vidgen.trainer import Batch, Objective
 
 from .schedules import denoiser_table, shifted_alphas
-from .text import prompts_of
+from .text import read_features
 from .training import add_noise, draw_timesteps, drop_text, training_step
 from .transformer import CogVideoXTransformer
 
@@ -44,7 +44,7 @@ class RepVideoObjective(Objective):
         if n_frames % patch_t or height % patch or width % patch:
             expected = f"whole patches of {patch_t} x {patch} x {patch}"
             raise ValueError(f"latents: expected {expected}, got {list(latents.shape)}")
-        text = prompts_of(others, config.text_embed_dim).text
+        text = read_features(others, config.text_embed_dim).text
         if len(text) != 1:
             raise ValueError(f"prompt_embeds: expected one prompt, got {len(text)}")
         return {"latents": latents, "text": text[0]}

@@ -69,7 +69,7 @@ def load_text_encoder(
     return TextEncoder(read_tokenizer(kinds.T5TokenizerFast, tokenizer or folder), model, length)
 
 
-def prompts_of(tensors: Mapping[str, Tensor], width: int) -> Prompts:
+def read_features(tensors: Mapping[str, Tensor], width: int) -> Prompts:
     """The features in a file, for a transformer that reads ``width`` of each token.
 
     Raises:
@@ -95,7 +95,7 @@ def prompts_of(tensors: Mapping[str, Tensor], width: int) -> Prompts:
     return Prompts(text, uncond)
 
 
-def save_features(path: str | Path, prompts: Prompts) -> None:
+def write_features(path: str | Path, prompts: Prompts) -> None:
     """A new file of features. Raises ValueError where ``path`` exists."""
     named = zip(KEYS, prompts, strict=True)
     write_state_dict(path, {key: x for key, x in named if x is not None})

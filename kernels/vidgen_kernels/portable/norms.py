@@ -1,8 +1,9 @@
 """Residual, feature cache, norm and modulation on a CPU, on chunks of rows that stay cached.
 
-A chunk holds tokens of one batch row and one modality, so its vectors are rows [1, D]; weight,
-scale, bias and shift fold into one product and one sum, which PyTorch's LayerNorm takes as its own.
-Its backward gives the sums over columns as well.
+A LayerNorm of few rows, and the gradient of a plain one, are one pass over all of them. A chunk
+holds tokens of one batch row and one modality, so its vectors are rows [1, D]; weight, scale, bias
+and shift fold into one product and one sum, which PyTorch's LayerNorm takes as its own. Its
+backward gives the sums over columns as well.
 """
 
 from collections.abc import Iterator
@@ -349,8 +350,8 @@ def _fill_norm(
 def normalize_again(
     h: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """What `normalize` made of rows h, from their mean and rstd."""
-    n = (h - mean).mul_(rstd)
+    """What `normalize` made of rows h, from their mean and rstd: contiguous, whatever h is."""
+    n = torch.sub(h, mean, out=h.new_empty(h.shape)).mul_(rstd)
     n = n if weight is None else n.mul_(weight)
     return n if bias is None else n.add_(bias)
 

@@ -1,4 +1,4 @@
-"""`post_norm_residual` on a CPU, on chunks of rows that stay cached.
+"""`post_norm_residual` on a CPU: few rows in one pass, else on chunks that stay cached.
 
 A gate that the rows of a batch row share folds into weight and bias, which PyTorch's LayerNorm
 takes as its own. Its backward gives the sums over columns as well.
@@ -23,7 +23,7 @@ from .norms import (
 
 def empty_fwd(x: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     """out, and the mean and rstd [2, B, T] of the rows of f."""
-    return x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=_accumulator(x, f))
+    return x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=accumulator(x, f))
 
 
 def empty_bwd(
@@ -33,11 +33,11 @@ def empty_bwd(
     return (
         f.new_empty(f.shape if need_f else 0),
         f.new_empty(f.shape if need_gate else 0, dtype=f.dtype if gate is None else gate.dtype),
-        f.new_empty((len(f), 2, f.shape[2]) if need_sums else 0, dtype=_accumulator(do, f)),
+        f.new_empty((len(f), 2, f.shape[2]) if need_sums else 0, dtype=accumulator(do, f)),
     )
 
 
-def _accumulator(x: Tensor, f: Tensor) -> torch.dtype:
+def accumulator(x: Tensor, f: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""`post_norm_adaln` on a CPU, on chunks of rows that stay cached."""
+"""`post_norm_adaln` on a CPU: few rows in one pass, else on chunks that stay cached."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .norms import (
     normalize,
     normalize_again,
 )
-from .post_norm import chunks_of_rows
+from .post_norm import accumulator, chunks_of_rows
 
 
 def empty_fwd(x: Tensor, f: Tensor, a_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +19,7 @@ def empty_fwd(x: Tensor, f: Tensor, a_dtype: torch.dtype) -> tuple[Tensor, Tenso
     return (
         x.new_empty(x.shape),
         x.new_empty(x.shape, dtype=a_dtype),
-        x.new_empty((4, *x.shape[:2]), dtype=_accumulator(x, f)),
+        x.new_empty((4, *x.shape[:2]), dtype=accumulator(x, f)),
     )
 
 
@@ -33,12 +33,8 @@ def empty_bwd(
         f.new_empty(f.shape if need_f else 0),
         f.new_empty(f.shape if need_gate else 0, dtype=f.dtype if gate is None else gate.dtype),
         f.new_empty(f.shape if need_scale else 0, dtype=scale.dtype),
-        f.new_empty((2, f.shape[2]) if need_sums else 0, dtype=_accumulator(out, f)),
+        f.new_empty((2, f.shape[2]) if need_sums else 0, dtype=accumulator(out, f)),
     )
-
-
-def _accumulator(x: Tensor, f: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, f.dtype), torch.float32)
 
 
 def post_norm_adaln_fwd(
@@ -102,13 +98,13 @@ def post_norm_adaln_bwd(
             dout, da, out, f, stats[..., None], gate, scale, weight, bias, needs, sums
         )
         parts = zip(results, (*found, sums), strict=True)
-        return tuple(x if part is None else part for x, part in parts)
+        return tuple(x if part is None else part for x, part in parts)  # pyright: ignore
     for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
         dout_, da_, out_, f_, gate_, scale_ = (
             None if x is None else x[batch, rows] for x in (dout, da, out, f, gate, scale)
         )
         found = rows_backward(
-            dout_, da_, out_, f_, stats[:, batch, rows, None], gate_, scale_, weight, bias,
+            dout_, da_, out_, f_, stats[:, batch, rows, None], gate_, scale_, weight, bias,  # pyright: ignore
             needs, sums,
         )  # fmt: skip
         for x, of_rows in zip(results, found, strict=False):
