@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ..config_fields import check_fields
+
 HEADS = {768: 12, 1024: 16, 1536: 16}  # of the encoders, by width
 SPATIAL_ATTENTION = ("masked", "set_causal")
 
@@ -123,6 +125,7 @@ class NovaConfig:
             sizes = getattr(self, name)
             if not isinstance(sizes, tuple) or len(sizes) != n or not all(map(_is_count, sizes)):
                 raise ValueError(f"{name}: expected {n} whole numbers above 0, got {sizes!r}")
+        check_fields(self, signed=["video_mixer_rank"])
         side = self.image_stride * self.video_patch
         if any(n % side for n in self.image_size):
             raise ValueError(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..config_fields import check_fields
+
 N_FRAME_STAGES = 2  # the encoder's first stages work on each frame by itself
 
 
@@ -26,6 +28,7 @@ class VAEConfig:
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.block_out_channels) <= N_FRAME_STAGES:
             raise ValueError(
                 f"block_out_channels: expected more than {N_FRAME_STAGES} stages, "

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+from ..config_fields import check_fields
+
 PATCH = 2  # a token is a patch of 2 x 2 latents
 
 Config = TypeVar("Config", "FluxConfig", "MMDiTConfig")
@@ -31,6 +33,7 @@ class FluxConfig:
     gradient_checkpointing_ratio: float = 0.6
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
                 "axes_dims_rope: expected three widths that sum to attention_head_dim "
@@ -71,6 +74,9 @@ class MMDiTConfig:
     use_gradient_checkpointing: bool = False
     gradient_checkpointing_ratio: float = 0.6
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
@@ -82,17 +88,19 @@ class MMDiTConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MMDiTConfig:
         """From the contents of a config.json; ValueError for an option that is not built."""
-        heads = config.get("num_attention_heads", cls.num_attention_heads)
         fixed = {
             "patch_size": PATCH,
             "qk_norm": "rms_norm",
             "pos_embed_type": "sincos",
             "temp_pos_embed_type": "rope",
-            "caption_projection_dim": heads
-            * config.get("attention_head_dim", cls.attention_head_dim),
         }
         # The official model never reads these: a mask of the text is used where there is one.
-        return _from_dict(cls, config, unused=("max_num_frames", "use_t5_mask"), fixed=fixed)
+        unused = "max_num_frames", "use_t5_mask"
+        own = _from_dict(cls, config, unused=(*unused, "caption_projection_dim"), fixed=fixed)
+        width = config.get("caption_projection_dim", own.width)
+        if width != own.width:
+            raise ValueError(f"caption_projection_dim: expected {own.width}, got {width!r}")
+        return own
 
 
 def is_flux(config: Mapping[str, Any]) -> bool:

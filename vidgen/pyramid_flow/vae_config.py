@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..config_fields import check_fields
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -31,6 +33,7 @@ class VAEConfig:
     decoder_norm_num_groups: int = 32
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for side, spatial, temporal in (
             ("encoder", "spatial_down_sample", "temporal_down_sample"),
             ("decoder", "spatial_up_sample", "temporal_up_sample"),

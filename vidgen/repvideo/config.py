@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..config_fields import check_fields
+
 # What the released code has one value for.
 LAYER_NORM_EPS = 1e-5
 QK_NORM_EPS = 1e-6
@@ -80,6 +82,7 @@ class CogVideoXConfig:
             x = getattr(self, name)
             if not isinstance(x, int) or x < 1:
                 raise ValueError(f"{name}: expected a whole number above 0, got {x!r}")
+        check_fields(self)
         name, size = "width, num_attention_heads * attention_head_dim", self.width
         if self.use_rotary_positional_embeddings:
             name, size = "attention_head_dim", self.attention_head_dim
