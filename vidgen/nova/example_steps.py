@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vidgen.ops import Ops
+from vidgen.random_weights import draw_weights
 
 from .config import Arch, Decoder, Encoder, NovaConfig
 from .denoising import SetDenoiser, denoise_latents
@@ -54,12 +55,7 @@ def random_model(
     """Random weights everywhere, with gradients."""
     with torch.device(device):
         model = NovaTransformer(config, ops).to(dtype)
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                spread = parameter[0].numel() ** -0.5
-                parameter.normal_(0.0, spread, generator=generator)
+    draw_weights(model, seed)
     return model
 
 

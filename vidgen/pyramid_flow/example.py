@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vidgen.ops import Ops
+from vidgen.random_weights import draw_weights
 
 from .config import FluxConfig, MMDiTConfig
 from .flux import PyramidFluxTransformer
@@ -66,12 +67,7 @@ def example_model(
     build = PyramidFluxTransformer if isinstance(config, FluxConfig) else PyramidDiffusionMMDiT
     with torch.device(device):
         model = build(config, ops).to(dtype)  # type: ignore[arg-type]
-    generator = torch.Generator(device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                spread = parameter[0].numel() ** -0.5
-                parameter.normal_(0.0, spread, generator=generator)
+    draw_weights(model, seed)
     return model
 
 
