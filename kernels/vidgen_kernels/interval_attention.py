@@ -9,6 +9,7 @@
     dv_j = sum_i p_ij do_i
 
 Shapes: q, out, do, dq [B, H, Tq, D]; k, v, dk, dv [B, Hkv, Tk, D]; lse, dlse, delta [B, H, Tq].
+In kernels a tile of any of the first is a tuple of blocks of columns (`head_tiles`).
 
 A program owns one tile of rows (queries for forward and dQ, keys for dK/dV) and, per interval,
 sweeps the other side in tiles, from the smallest begin of its rows to the largest end. Tiles from
