@@ -137,9 +137,8 @@ def mma_work(opcode: str) -> float:
 def products_of_tile(case: Case) -> float:
     """What one tile takes of each warp."""
     launch = case.launch
-    n_blocks = -(-case.head_dim // launch.block_d)
-    widths = block_widths(case.head_dim, launch.block_d)
-    n_columns = (n_blocks - 1) * widths["BLOCK_D"] + widths["LAST_D"]
+    width, last = block_widths(case.head_dim, launch.block_d).values()
+    n_columns = (case.head_dim - 1) // width * width + last
     n_passes = 3 if case.dtype == "float32" else 1  # tf32x3
     macs = DOTS[case.kernel] * n_passes * launch.block_m * launch.block_n * n_columns
     return macs / (16 * 8 * 16) / launch.num_warps

@@ -11,7 +11,6 @@ Shapes: x, f, h, a [B, T, D]; weight, bias [D]; gate, scale, shift as `Modulatio
 """
 
 import math
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from .front_door import (
 )
 from .portable import norms as portable
 from .registration import define_op, refuse_double_backward
-from .residual_norm import empty_bwd, empty_fwd, given, launch_bwd, launch_fwd
+from .residual_norm import empty_bwd, empty_fwd, given, launch_bwd, launch_fwd, widest
 
 NORMS = ("layer", "rms")
 MAX_ROW = max(ROW_WISE["residual_norm_bwd"])
@@ -149,7 +148,7 @@ def _backward(ctx, dh, da, dtotal, dy, _):
         backward_op(
             dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale, weight, bias,
             ctx.text_length, ctx.n_entries, ctx.norm, ctx.f_dtype,
-            reduce(torch.promote_types, ctx.entry_dtypes or [y.dtype]), ctx.sum_dtype,
+            widest(ctx.entry_dtypes or [y.dtype]), ctx.sum_dtype,
             need_f and bool(gate), need_entries, need_scale and da is not None,
             need_affine, per_sample,
         ),

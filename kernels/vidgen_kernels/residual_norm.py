@@ -29,6 +29,7 @@ Feature cache and gate: RepVideo (arXiv 2501.08994); adaptive LayerNorm of text 
 CogVideoX (2408.06072). n = 1 is the residual, norm and modulation of all other transformers.
 """
 
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
@@ -402,15 +403,21 @@ def empty_bwd(
         y.new_empty(y.shape if need_f else 0, dtype=f_dtype),
         y.new_empty(y.shape if need_entries else 0, dtype=entries_dtype),
         y.new_empty(0 if cache_gate is None else (), dtype=acc),
-        y.new_empty(y.shape if f is not None and is_per_token else 0, dtype=widest(gate or [y])),
-        y.new_empty(y.shape if need_scale and is_per_token else 0, dtype=widest(scale or [y])),
+        y.new_empty(
+            y.shape if f is not None and is_per_token else 0,
+            dtype=widest(v.dtype for v in gate or [y]),
+        ),
+        y.new_empty(
+            y.shape if need_scale and is_per_token else 0,
+            dtype=widest(v.dtype for v in scale or [y]),
+        ),
         y.new_empty(shape_of_sums if n_sums else 0, dtype=acc),
     )
 
 
-def widest(tensors: list[Tensor]) -> torch.dtype:
-    """One that holds what any of them does; never more is needed of a gradient for all."""
-    return reduce(torch.promote_types, [x.dtype for x in tensors])
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """One that holds what any of them does, for a gradient that several tensors share."""
+    return reduce(torch.promote_types, dtypes)
 
 
 def given(x: Tensor) -> Tensor | None:

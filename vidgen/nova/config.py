@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..config_fields import check_fields
+from vidgen.config_fields import check_fields
 
 HEADS = {768: 12, 1024: 16, 1536: 16}  # of the encoders, by width
 SPATIAL_ATTENTION = ("masked", "set_causal")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from ..config_fields import check_fields
+from vidgen.config_fields import check_fields
 
 PATCH = 2  # a token is a patch of 2 x 2 latents
 

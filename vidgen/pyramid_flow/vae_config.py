@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..config_fields import check_fields
+from vidgen.config_fields import check_fields
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..config_fields import check_fields
+from vidgen.config_fields import check_fields
 
 # What the released code has one value for.
 LAYER_NORM_EPS = 1e-5

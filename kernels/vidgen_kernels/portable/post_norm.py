@@ -61,7 +61,7 @@ def post_norm_residual_fwd(
     out, stats = empty_fwd(x, f)
     acc = stats.dtype
     weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
+    for batch, rows in chunks_of_rows(f):
         weight_, bias_, gate_ = weight, bias, None
         if gate is not None and is_per_token(gate):
             gate_ = gate[batch, rows]
@@ -115,7 +115,7 @@ def post_norm_residual_bwd(
     df, dgate, sums = results
     if need_sums:
         sums.zero_()
-    for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
+    for batch, rows in chunks_of_rows(f):
         gate_, weight_ = gate, weight
         if gate is not None and is_shared:
             shared = gate[batch, 0].to(stats.dtype)
@@ -159,9 +159,9 @@ def rows_backward(
     return df if need_f else None, dgate
 
 
-def chunks_of_rows(x: Tensor, n_elements: int) -> Iterator[tuple[int, slice]]:
+def chunks_of_rows(x: Tensor) -> Iterator[tuple[int, slice]]:
     n_batch, n_tokens, n_cols = x.shape
-    step = max(1, n_elements // n_cols)
+    step = max(1, CHUNK_ELEMENTS // n_cols)
     for batch in range(n_batch):
         for start in range(0, n_tokens, step):
             yield batch, slice(start, min(start + step, n_tokens))

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .norms import (
-    CHUNK_ELEMENTS,
     fill_stats,
     is_small,
     layer_norm_backward,
@@ -59,7 +58,7 @@ def post_norm_adaln_fwd(
     out, a, stats = empty_fwd(x, f, a_dtype)
     acc = stats.dtype
     weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    for batch, rows in chunks_of_rows(x, CHUNK_ELEMENTS):
+    for batch, rows in chunks_of_rows(x):
         n, mean, rstd = normalize(f[batch, rows].to(acc), weight, bias, False, eps)
         fill_stats(stats[:2, batch, rows], mean, rstd, False)
         n = n if gate is None else n.mul_(gate[batch, rows])
@@ -99,14 +98,13 @@ def post_norm_adaln_bwd(
         )
         parts = zip(results, (*found, sums), strict=True)
         return tuple(x if part is None else part for x, part in parts)  # pyright: ignore
-    for batch, rows in chunks_of_rows(f, CHUNK_ELEMENTS):
-        dout_, da_, out_, f_, gate_, scale_ = (
-            None if x is None else x[batch, rows] for x in (dout, da, out, f, gate, scale)
-        )
+    for batch, rows in chunks_of_rows(f):
+        dout_, da_, gate_ = (None if x is None else x[batch, rows] for x in (dout, da, gate))
+        out_, f_, scale_ = (x[batch, rows] for x in (out, f, scale))
+        stats_ = stats[:, batch, rows, None]
         found = rows_backward(
-            dout_, da_, out_, f_, stats[:, batch, rows, None], gate_, scale_, weight, bias,  # pyright: ignore
-            needs, sums,
-        )  # fmt: skip
+            dout_, da_, out_, f_, stats_, gate_, scale_, weight, bias, needs, sums
+        )
         for x, of_rows in zip(results, found, strict=False):
             if of_rows is not None:
                 x[batch, rows] = of_rows
