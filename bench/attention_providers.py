@@ -100,7 +100,7 @@ def _on_sorted_tokens(case: AttentionCase, attention: Attention) -> Attention:
     """Sorted, every set is a block. The order is mask creation, moving the rows is not."""
     if case.rank is None:
         return attention
-    from vidgen_kernels.tokens import select_tokens
+    from vidgen_kernels.attention.tokens import select_tokens
 
     order = case.rank.argsort(stable=True)[None]
     back = order.argsort(dim=-1)

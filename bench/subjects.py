@@ -1,23 +1,27 @@
-"""What `tune.py` can tune: entries of the tables in `vidgen_kernels/configs.py`, and on what."""
+"""What `tune.py` can tune: entries of the families' `configs.py`, and on which shapes."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from itertools import product
 from typing import Any
-from unittest import mock
 
 import torch
 
-import vidgen_kernels
 from bench.cases import Case
 from bench.suites import ATTENTION, MEMORY, Suite
 from vidgen.shapes import TokenShape
-from vidgen_kernels import configs
+from vidgen_kernels.attention.configs import LaunchConfig
+from vidgen_kernels.attention.configs import lookup as lookup_attention
+from vidgen_kernels.common.configs import BlockConfig, RowConfig
+from vidgen_kernels.latents.configs import ELEMENTWISE, lookup_block, lookup_pixel_blocks
+from vidgen_kernels.norms.configs import ROW_WISE as NORMS
+from vidgen_kernels.norms.configs import lookup as lookup_norm
+from vidgen_kernels.rope.configs import ROW_WISE as ROPE
+from vidgen_kernels.rope.configs import lookup as lookup_rope
+from vidgen_kernels.testing import replaced
 
 # Shapes to tune on: long, and as ragged as the models are. By head dim, or by name of an operator;
 # of its shapes, an entry of its table takes the one whose rows are as long as the entry allows.
@@ -40,7 +44,7 @@ PIXELS = "renoise-pyramid_768p_b64"  # one configuration serves all kernels on b
 class Subject:
     """One entry: the configuration of a kernel, for heads or rows up to a size."""
 
-    lookup: str  # the function of `configs` that finds it
+    lookup: Callable[..., Any]  # of the family's `configs.py`: what finds the entry
     kernel: str
     size: int  # 0 where it does not matter
     suite: Suite
@@ -60,82 +64,78 @@ class Subject:
 
     def candidates(self) -> list[Any]:
         """Configurations worth a try; compiling finds out what does not fit the GPU."""
-        if self.lookup == "lookup":
+        if self.lookup is lookup_attention:
             return attention_candidates(self.kernel, self.size)
-        if self.lookup == "lookup_rows":
+        if self.lookup in (lookup_norm, lookup_rope):
             return row_candidates(self.size)
-        return block_candidates(1 if self.lookup == "lookup_block" else 4)
+        return block_candidates(1 if self.lookup is lookup_block else 4)
 
     def snippet(self, config: Any, arch: int) -> str:
-        """The entry for `configs.py`."""
+        """The entry, behind the file it belongs to."""
         numbers = ", ".join(map(str, astuple(config)))
-        if self.lookup == "lookup":
-            return f'("{self.kernel}", 16): {{{self.size}: {{{arch}: C({numbers})}}}},'
-        if self.lookup == "lookup_rows":
-            return f'"{self.kernel}": {{{self.size}: {{{arch}: R({numbers})}}}},'
-        key = f'"{self.kernel}"' if self.lookup == "lookup_block" else 16
-        return f"{key}: {{{arch}: BlockConfig({numbers})}},"
+        if self.lookup is lookup_attention:
+            entry = f'("{self.kernel}", 16): {{{self.size}: {{{arch}: C({numbers})}}}},'
+        elif self.lookup in (lookup_norm, lookup_rope):
+            entry = f'"{self.kernel}": {{{self.size}: {{{arch}: R({numbers})}}}},'
+        else:
+            key = f'"{self.kernel}"' if self.lookup is lookup_block else 16
+            entry = f"{key}: {{{arch}: BlockConfig({numbers})}},"
+        *_, family, _ = self.lookup.__module__.split(".")
+        return f"{family}/configs.py: {entry}"
 
-    @contextmanager
-    def forced(self, config: Any) -> Iterator[None]:
+    def forced(self, config: Any) -> AbstractContextManager[None]:
         """The kernel launches with ``config``, the others as the library says."""
-        library = getattr(configs, self.lookup)
 
         def lookup(kernel: str | torch.dtype, *args):
             is_this = kernel in (self.kernel, torch.bfloat16)
-            return config if is_this else library(kernel, *args)
+            return config if is_this else self.lookup(kernel, *args)
 
-        with ExitStack() as stack:
-            for info in pkgutil.iter_modules(vidgen_kernels.__path__, "vidgen_kernels."):
-                module = importlib.import_module(info.name)
-                if getattr(module, self.lookup, None) is library:
-                    stack.enter_context(mock.patch.object(module, self.lookup, lookup))
-            yield
+        return replaced(self.lookup, lookup)
 
 
-def attention_candidates(kernel: str, head_dim: int) -> list[configs.LaunchConfig]:
+def attention_candidates(kernel: str, head_dim: int) -> list[LaunchConfig]:
     rows, columns = (
         ((32, 64, 128), (64, 128)) if kernel == "dkdv" else ((64, 128, 256), (32, 64, 128))
     )
     blocks = (64, 128) if head_dim == 128 else (64,)
     grid = product(rows, columns, (4, 8), (2, 3), blocks)
-    found = [configs.LaunchConfig(*c) for c in grid]
+    found = [LaunchConfig(*c) for c in grid]
     # 16 rows per warp at least, and 32 KB of scores in registers at most
     return [
         c for c in found if c.block_m >= 16 * c.num_warps / 2 and c.block_m * c.block_n <= 128 * 128
     ]
 
 
-def row_candidates(size: int) -> list[configs.RowConfig]:
+def row_candidates(size: int) -> list[RowConfig]:
     grid = product((1, 2, 4, 8, 16, 32), (2, 4, 6, 8, 16, 32), (2, 4, 8, 16))
     # a thread holds 4 to 32 elements of a tensor: 8 are one load of 16 bytes
-    return [configs.RowConfig(*c) for c in grid if 4 <= c[0] * size / (32 * c[2]) <= 32]
+    return [RowConfig(*c) for c in grid if 4 <= c[0] * size / (32 * c[2]) <= 32]
 
 
-def block_candidates(n_pixels: int) -> list[configs.BlockConfig]:
+def block_candidates(n_pixels: int) -> list[BlockConfig]:
     """``n_pixels``: elements that stand in a tensor for one of the block."""
     grid = product((64, 128, 256, 512, 1024, 2048, 4096), (1, 2, 4, 8))
-    return [configs.BlockConfig(*c) for c in grid if 4 <= n_pixels * c[0] / (32 * c[1]) <= 32]
+    return [BlockConfig(*c) for c in grid if 4 <= n_pixels * c[0] / (32 * c[1]) <= 32]
 
 
 def subjects() -> list[Subject]:
     """Everything that has a shape to be tuned on."""
     found = [
-        Subject("lookup", kernel, head_dim, ATTENTION, shape)
+        Subject(lookup_attention, kernel, head_dim, ATTENTION, shape)
         for kernel, (head_dim, shape) in product(("fwd", "dq", "dkdv"), ATTENTION_SHAPES.items())
     ]
-    for kernel, by_length in configs.ROW_WISE.items():
-        for shape in _shapes(kernel):
-            spec = MEMORY.find(shape)
-            length = _row_length(kernel, spec.shape)
-            size = min(limit for limit in by_length if length <= limit)
-            found.append(Subject("lookup_rows", kernel, size, MEMORY, shape))
+    for lookup, table in ((lookup_norm, NORMS), (lookup_rope, ROPE)):
+        for kernel, by_length in table.items():
+            for shape in _shapes(kernel):
+                length = _row_length(kernel, MEMORY.find(shape).shape)
+                size = min(limit for limit in by_length if length <= limit)
+                found.append(Subject(lookup, kernel, size, MEMORY, shape))
     found += [
-        Subject("lookup_block", kernel, 0, MEMORY, shape)
-        for kernel in configs.ELEMENTWISE
+        Subject(lookup_block, kernel, 0, MEMORY, shape)
+        for kernel in ELEMENTWISE
         for shape in _shapes(kernel)
     ]
-    return [*found, Subject("lookup_pixel_blocks", "pixel_blocks_fwd", 0, MEMORY, PIXELS)]
+    return [*found, Subject(lookup_pixel_blocks, "pixel_blocks_fwd", 0, MEMORY, PIXELS)]
 
 
 def _shapes(kernel: str) -> tuple[str, ...]:

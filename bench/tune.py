@@ -2,7 +2,7 @@
 
 ``python bench/tune.py [--only 'fwd-*,residual_norm_*'] [--output FILE]`` on a GPU. What was timed
 before is read back from FILE, so a run that is cut short goes on; exit status `CONTEXT_LOST` asks
-for one. It prints the entries for ``vidgen_kernels/configs.py``; the library itself never tunes at
+for one. It prints the entries for the families' ``configs.py``; the library itself never tunes at
 run time.
 """
 

@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 
 from tests import aot_compile  # noqa: E402
 from tests.aot_compile import ARCHS, DTYPES, Instruction, launches_compile, loops  # noqa: E402
-from vidgen_kernels.configs import LaunchConfig, lookup  # noqa: E402
-from vidgen_kernels.head_tiles import block_widths  # noqa: E402
+from vidgen_kernels.attention.configs import LaunchConfig, lookup  # noqa: E402
+from vidgen_kernels.attention.head_tiles import block_widths  # noqa: E402
 
 # The package also has a function of this name.
-attention = importlib.import_module("vidgen_kernels.interval_attention")
+attention = importlib.import_module("vidgen_kernels.attention.interval_attention")
 
 TABLE = Path(__file__).with_name("aot_table.md")
 KERNELS = {

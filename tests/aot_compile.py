@@ -7,7 +7,6 @@ stack are the cubin's own; what a loop does is counted in its machine code.
 
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from vidgen_kernels import _triton
+from vidgen_kernels.common.launch import architecture
+from vidgen_kernels.testing import replaced
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -77,16 +76,8 @@ def launches_compile(arch: int, *wanted: JITFunction) -> Iterator[list[Launch]]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", Target(arch)))
         stack.enter_context(mock.patch.object(JITFunction, "__getitem__", launch))
-        patch_everywhere(stack, _triton, "architecture", lambda x: arch)
+        stack.enter_context(replaced(architecture, lambda x: arch))
         yield launches
-
-
-def patch_everywhere(stack: ExitStack, owner: ModuleType, name: str, function: Callable) -> None:
-    """Replaces a function in every module of `vidgen_kernels` that imported it from its owner."""
-    original = getattr(owner, name)
-    for module in [m for n, m in sys.modules.items() if n.startswith("vidgen_kernels")]:
-        if getattr(module, name, None) is original:
-            stack.enter_context(mock.patch.object(module, name, function))
 
 
 class MachineCode(NamedTuple):

@@ -26,11 +26,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 
 from bench.memory_cases import CASES, MemoryCase  # noqa: E402
 from tests import aot_compile  # noqa: E402
-from tests.aot_compile import DTYPES, Instruction, Launch, patch_everywhere  # noqa: E402
+from tests.aot_compile import DTYPES, Instruction, Launch  # noqa: E402
 from tests.contracts import few_rows  # noqa: E402
 from vidgen.ops import FUSED  # noqa: E402
 from vidgen.shapes import TokenShape  # noqa: E402
-from vidgen_kernels import configs, registration  # noqa: E402
+from vidgen_kernels.common import registration  # noqa: E402
+from vidgen_kernels.latents.configs import lookup_block  # noqa: E402
+from vidgen_kernels.norms.configs import lookup as lookup_norm  # noqa: E402
+from vidgen_kernels.rope.configs import lookup as lookup_rope  # noqa: E402
+from vidgen_kernels.testing import replaced  # noqa: E402
 
 TABLE = Path(__file__).with_name("aot_rows_table.md")
 
@@ -126,7 +130,7 @@ def launches(case: Case, *wanted) -> list[Launch]:
 
 
 def configurations(case: Case) -> set[tuple[str, int]]:
-    """The entries of tables in `configs` that a case takes: kernel and identity."""
+    """The entries of the families' `configs.py` that a case takes: kernel and identity."""
     asked = set()
 
     def noted(lookup: Callable) -> Callable:
@@ -138,8 +142,8 @@ def configurations(case: Case) -> set[tuple[str, int]]:
         return look_up
 
     with ExitStack() as stack:
-        for lookup in (configs.lookup_rows, configs.lookup_block):
-            patch_everywhere(stack, configs, lookup.__name__, noted(lookup))
+        for lookup in (lookup_norm, lookup_rope, lookup_block):
+            stack.enter_context(replaced(lookup, noted(lookup)))
         launches(case, None)
     return asked
 

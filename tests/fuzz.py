@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from vidgen_kernels import configs, interval_attention
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels import interval_attention
+from vidgen_kernels.attention import configs
+from vidgen_kernels.common.launch import is_interpreted
 from vidgen_kernels.testing import Recipe, check_attention, random_layout, random_qkv
 
 HEAD_DIMS = [1, 4, 12, 16, 17, 24, 32, 64, 80]

@@ -1,7 +1,6 @@
 """The benchmarks keep their contract: honest gate, complete results, reports and clear errors."""
 
 import dataclasses
-import importlib
 import json
 import re
 import subprocess
@@ -20,7 +19,13 @@ from bench.suites import ATTENTION, MEMORY, SUITES
 from vidgen import cli
 from vidgen.ops import FUSED
 from vidgen.shapes import REAL, TOY, nova_sets, pyramid_blocks
-from vidgen_kernels import configs
+from vidgen_kernels.attention import interval_attention as engine
+from vidgen_kernels.attention.configs import LaunchConfig, lookup
+from vidgen_kernels.common.configs import RowConfig
+from vidgen_kernels.latents import blocks
+from vidgen_kernels.latents.configs import ELEMENTWISE
+from vidgen_kernels.norms.configs import ROW_WISE as NORMS
+from vidgen_kernels.rope.configs import ROW_WISE as ROPE
 
 pytestmark = pytest.mark.portable_only
 
@@ -426,7 +431,6 @@ def test_help_needs_neither_torch_nor_an_extra() -> None:
 
 
 def test_tuning_forces_one_kernel_only() -> None:
-    engine = importlib.import_module("vidgen_kernels.interval_attention")
     known = {subject.name: subject for subject in subjects.subjects()}
     subject = known["fwd-64"]
     config = subject.candidates()[0]
@@ -435,23 +439,22 @@ def test_tuning_forces_one_kernel_only() -> None:
     with subject.forced(config):
         assert engine.lookup("fwd", *args) == config
         assert engine.lookup("dq", *args) == dq
-    assert engine.lookup.__module__ == "vidgen_kernels.configs"
+    assert engine.lookup is lookup
     pixels = known["pixel_blocks_fwd"]
-    blocks = importlib.import_module("vidgen_kernels._blocks")
     with pixels.forced(pixels.candidates()[-1]):
         assert blocks.lookup_pixel_blocks(torch.bfloat16, 90) == pixels.candidates()[-1]
 
 
 def test_every_table_can_be_tuned() -> None:
     known = subjects.subjects()
-    assert {s.kernel for s in known} >= {*configs.ROW_WISE, *configs.ELEMENTWISE}
+    assert {s.kernel for s in known} >= {*NORMS, *ROPE, *ELEMENTWISE}
     assert len({s.name for s in known}) == len(known)
     assert all(s.shape in s.suite.names and s.candidates() for s in known)
 
 
 def test_tuning_prints_entries_for_the_configs() -> None:
     known = {subject.name: subject for subject in subjects.subjects()}
-    snippet = known["fwd-64"].snippet(configs.LaunchConfig(128, 64, 8, 3, 64), 90)
-    assert snippet == '("fwd", 16): {64: {90: C(128, 64, 8, 3, 64)}},'
-    snippet = known["residual_norm_fwd-2048"].snippet(configs.RowConfig(1, 8, 4), 90)
-    assert snippet == '"residual_norm_fwd": {2048: {90: R(1, 8, 4)}},'
+    snippet = known["fwd-64"].snippet(LaunchConfig(128, 64, 8, 3, 64), 90)
+    assert snippet == 'attention/configs.py: ("fwd", 16): {64: {90: C(128, 64, 8, 3, 64)}},'
+    snippet = known["residual_norm_fwd-2048"].snippet(RowConfig(1, 8, 4), 90)
+    assert snippet == 'norms/configs.py: "residual_norm_fwd": {2048: {90: R(1, 8, 4)}},'

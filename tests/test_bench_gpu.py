@@ -17,7 +17,7 @@ from bench.failures import LOST, ContextLost
 from bench.suites import ATTENTION
 from vidgen import cli
 from vidgen.shapes import TOY
-from vidgen_kernels import configs
+from vidgen_kernels.latents import configs
 
 pytestmark = pytest.mark.portable_only
 

@@ -13,11 +13,10 @@ from vidgen_kernels import (
     IntervalMask,
     block_causal_attention,
     interval_attention,
-    intervals,
     set_masked_attention,
 )
-from vidgen_kernels._triton import is_interpreted
-from vidgen_kernels.portable import attention as portable
+from vidgen_kernels.attention import intervals, portable
+from vidgen_kernels.common.launch import is_interpreted
 from vidgen_kernels.testing import random_qkv
 
 LENGTHS = [5, 9, 0, 4]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidgen_kernels.head_tiles import block_widths
+from vidgen_kernels.attention.head_tiles import block_widths
 
 pytestmark = pytest.mark.portable_only
 

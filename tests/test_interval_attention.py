@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen_kernels import IntervalMask, configs, interval_attention
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels import IntervalMask, interval_attention
+from vidgen_kernels.attention import configs
+from vidgen_kernels.common.launch import is_interpreted
 from vidgen_kernels.testing import (
     build_mask,
     check_attention,

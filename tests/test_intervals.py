@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen_kernels import IntervalMask, intervals, reference, runs
+from vidgen_kernels import IntervalMask, reference
+from vidgen_kernels.attention import intervals, runs
 from vidgen_kernels.testing import build_mask, dense_mask, intervals_needed, random_layout
 
 pytestmark = pytest.mark.portable_only  # pure torch: the interpreter has no part in it

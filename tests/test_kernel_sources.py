@@ -7,7 +7,7 @@ import pytest
 
 import vidgen_kernels
 
-FILES = sorted(Path(vidgen_kernels.__file__).parent.glob("*.py"))
+FILES = sorted(Path(vidgen_kernels.__file__).parent.rglob("*.py"))
 
 
 @pytest.mark.portable_only

@@ -1,7 +1,13 @@
-"""Import arrows point down: vidgen, then vidgen_kernels, then torch and Triton."""
+"""The floor plan of CONTRIBUTING ("Where is what"): what may import what, and how full a room is.
+
+Imports are read from the sources, wherever in a file they stand. `vidgen.cli` loads commands, and
+commands load models, by name, so that `vidgen --help` needs no extra: these are no arrows here.
+"""
 
 import ast
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,21 +16,29 @@ pytestmark = pytest.mark.portable_only
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kernels/vidgen_kernels"
-KERNELS = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("portable/*.py")])
-INTEGRATIONS = sorted(PACKAGE.glob("integrations/*.py"))
-VIDGEN = sorted((ROOT / "vidgen").rglob("*.py"))
-
 FOLDERS = {"kernels", "vidgen", "bench", "tests", "profiling"}
-TORCH_ONLY = {"front_door", "intervals", "portable", "reference", "runs", "tokens"}
-EAGER = sorted((ROOT / "vidgen/eager").glob("*.py"))
-KERNEL_USERS = [ROOT / "vidgen/ops.py", ROOT / "vidgen/verify.py", *EAGER]
-MODELS = {"nova", "pyramid_flow", "repvideo"}
+OURS = {"vidgen_kernels", "vidgen", "bench", "profiling", "tests"}
+MODELS = ("nova", "pyramid_flow", "repvideo")
+FAMILIES = ("attention", "norms", "rope", "latents")
 
 
-def imports(path: Path) -> list[list[str]]:
-    """All a file imports, wherever in it, as absolute names in parts; `from a import b` is a.b."""
-    package = path.relative_to(ROOT).parts[:-1]
-    package = package[1:] if package[0] == "kernels" else package
+def name_of(path: Path) -> str:
+    """The import name of a file: ``vidgen_kernels.rope.portable``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
+FILES = {name_of(path): path for path in PATHS}
+
+
+@cache
+def imports(file: str) -> tuple[str, ...]:
+    """All that a file imports, as absolute names; for ``from a import b`` a.b."""
+    path = FILES[file]
+    package = file.split(".")
+    package = package if path.stem == "__init__" else package[:-1]
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -33,55 +47,99 @@ def imports(path: Path) -> list[list[str]]:
             above = package[: len(package) + 1 - node.level] if node.level else ()
             prefix = ".".join([*above, *([node.module] if node.module else [])])
             names += [f"{prefix}.{alias.name}" for alias in node.names]
-    return [name.split(".") for name in names]
+    return tuple(names)
 
 
-def packages(path: Path) -> set[str]:
-    """The foreign top-level packages a file imports."""
-    return {name[0] for name in imports(path)} - sys.stdlib_module_names
+@cache
+def arrows(file: str) -> frozenset[str]:
+    """The files of this repository that a file imports."""
+    found = set()
+    for name in imports(file):
+        if name.partition(".")[0] in OURS:
+            module = name if name in FILES else name.rpartition(".")[0]
+            assert module in FILES, f"{file} imports {name}, which is no file here"
+            found.add(module)
+    return frozenset(found)
 
 
-def modules(path: Path, package: str) -> set[str]:
-    """The modules of one of our packages that a file imports."""
-    return {name[1] for name in imports(path) if name[0] == package and len(name) > 1}
+def foreign(file: str) -> set[str]:
+    """The top-level packages a file imports that are neither ours nor Python's."""
+    return {name.partition(".")[0] for name in imports(file)} - OURS - sys.stdlib_module_names
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def below(folder: str) -> list[str]:
+    """The files in a folder and its folders, the folder's own ``__init__`` included."""
+    return [file for file in FILES if file == folder or file.startswith(f"{folder}.")]
 
 
-@pytest.mark.parametrize("path", [*KERNELS, *INTEGRATIONS], ids=relative)
-def test_kernels_need_torch_and_triton_only(path: Path) -> None:
-    needs = packages(path) - {"torch", "triton", "vidgen_kernels"}
-    # an integration also needs the codebase it patches, but nothing of this repository
-    assert not (needs & {"vidgen", "kernels"} if path in INTEGRATIONS else needs)
-    assert path in INTEGRATIONS or "integrations" not in modules(path, "vidgen_kernels")
+def is_in(file: str, folders: tuple[str, ...]) -> bool:
+    return any(file == folder or file.startswith(f"{folder}.") for folder in folders)
+
+
+def families(*names: str) -> tuple[str, ...]:
+    return tuple(f"vidgen_kernels.{name}" for name in names)
+
+
+# Floors from the bottom up; a room may import itself and the rooms named beside it.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "vidgen_kernels.common": (),
+    **{room: families("common") for room in families(*FAMILIES)},
+    "vidgen_kernels.feature_cache": families("norms"),
+    "vidgen_kernels.integrations": families("common", *FAMILIES, "feature_cache"),
+    "vidgen_kernels.reference": (),
+    "vidgen_kernels.testing": families("common", *FAMILIES, "reference"),
+    "vidgen.eager": ("vidgen_kernels",),
+    "vidgen.ops": ("vidgen_kernels", "vidgen.eager"),
+    "vidgen.shapes": (),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_lies_below_them(room: str) -> None:
+    assert below(room)
+    for file in below(room):
+        strangers = {x for x in arrows(file) if not is_in(x, (room, *ROOMS[room]))}
+        assert not strangers, f"{file} imports {sorted(strangers)}"
+
+
+def test_no_circle_of_imports() -> None:
+    try:
+        TopologicalSorter({file: arrows(file) for file in FILES}).prepare()
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+@pytest.mark.parametrize("file", below("vidgen_kernels"))
+def test_kernels_need_torch_and_triton_only(file: str) -> None:
+    # an integration also needs the codebase it patches
+    assert is_in(file, families("integrations")) or foreign(file) <= {"torch", "triton"}
+
+
+MEANING = ("front_door", "intervals", "mask_inputs", "reference", "runs", "tokens")
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in KERNELS if {p.stem, p.parent.name} & TORCH_ONLY], ids=relative
+    "file",
+    [f for f in below("vidgen_kernels") if f.split(".")[-1] in MEANING or "portable" in f],
 )
-def test_meaning_does_not_depend_on_triton(path: Path) -> None:
-    assert "triton" not in packages(path)
-    assert modules(path, "vidgen_kernels") <= TORCH_ONLY
+def test_meaning_and_portable_forms_do_not_depend_on_triton(file: str) -> None:
+    reached, todo = set(), [file]
+    while todo:
+        reached.add(file := todo.pop())
+        todo += arrows(file) - reached
+    assert [file for file in reached if "triton" in foreign(file)] == []
 
 
-@pytest.mark.parametrize("path", [*KERNELS, *INTEGRATIONS], ids=relative)
-def test_only_test_helpers_read_the_reference(path: Path) -> None:
-    assert path.stem == "testing" or "reference" not in modules(path, "vidgen_kernels")
-
-
-@pytest.mark.parametrize("path", VIDGEN, ids=relative)
-def test_models_reach_kernels_through_ops(path: Path) -> None:
-    assert not packages(path) & {"kernels", "bench", "tests", "profiling"}
-    assert "vidgen_kernels" not in packages(path) or path in KERNEL_USERS
-    assert "eager" not in modules(path, "vidgen") or path in [ROOT / "vidgen/ops.py", *EAGER]
-
-
-@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("model", MODELS)
 def test_models_never_import_each_other(model: str) -> None:
-    for path in (ROOT / "vidgen" / model).rglob("*.py"):
-        assert not modules(path, "vidgen") & (MODELS - {model}), relative(path)
+    others = tuple(f"vidgen.{name}" for name in MODELS if name != model)
+    for file in below(f"vidgen.{model}"):
+        assert not any(is_in(x, (*others, "vidgen.eager", "vidgen_kernels")) for x in arrows(file))
+
+
+def test_top_of_the_kernels() -> None:
+    names = {path.name for path in PACKAGE.glob("*.py")}
+    assert names == {"__init__.py", "reference.py", "testing.py"}
 
 
 def test_top_level_folders() -> None:

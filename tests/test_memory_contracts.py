@@ -29,7 +29,7 @@ from tests.contracts import (
 )
 from vidgen.ops import FUSED
 from vidgen.shapes import TokenShape
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels.common.launch import is_interpreted
 
 TOY = CASES["toy"]
 every_case = pytest.mark.parametrize("case", TOY, ids=lambda case: case.name)

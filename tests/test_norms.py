@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen_kernels import Modulation, configs, reference, residual_norm
-from vidgen_kernels.portable import norms as portable
+from vidgen_kernels import Modulation, reference, residual_norm
+from vidgen_kernels.common import configs
+from vidgen_kernels.norms import residual_norm_portable as portable
 from vidgen_kernels.testing import check_op
 
 B, T, D = 2, 13, 24
@@ -107,7 +108,9 @@ def test_kinds(kind: str, norm: str) -> None:
 @pytest.mark.parametrize("kind", ["shift", "per token, plain"])
 def test_chunks_of_many_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows are normalised in one call on a CPU."""
-    monkeypatch.setattr("vidgen_kernels.portable.norms.is_small", lambda *tensors: False)
+    monkeypatch.setattr(
+        "vidgen_kernels.norms.residual_norm_portable.is_small", lambda *tensors: False
+    )
     check(**arguments(kind))
 
 

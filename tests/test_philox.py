@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidgen_kernels import philox
-from vidgen_kernels._triton import is_interpreted
-from vidgen_kernels.portable import philox as portable
+from vidgen_kernels.common.launch import is_interpreted
+from vidgen_kernels.latents import philox
+from vidgen_kernels.latents import philox_portable as portable
 
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
 FIRST = [0, 2**32 - 5, 2**40 + 7]

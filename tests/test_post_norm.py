@@ -60,7 +60,7 @@ def test_values_and_gradients(gate: str, norm: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_chunks_of_many_rows(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows are normalised in one call on a CPU."""
-    monkeypatch.setattr("vidgen_kernels.portable.post_norm.is_small", lambda *tensors: False)
+    monkeypatch.setattr("vidgen_kernels.norms.post_norm_portable.is_small", lambda *tensors: False)
     check(inputs(gate=gate))
 
 

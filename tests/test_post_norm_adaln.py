@@ -61,8 +61,10 @@ def test_values_and_gradients(form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_chunks_of_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few rows take one call of each kind on a CPU."""
-    monkeypatch.setattr("vidgen_kernels.portable.post_norm_adaln.is_small", lambda *tensors: False)
-    monkeypatch.setattr("vidgen_kernels.portable.post_norm.CHUNK_ELEMENTS", 2 * 12)
+    monkeypatch.setattr(
+        "vidgen_kernels.norms.post_norm_adaln_portable.is_small", lambda *tensors: False
+    )
+    monkeypatch.setattr("vidgen_kernels.norms.post_norm_portable.CHUNK_ELEMENTS", 2 * 12)
     check(inputs(form=form))
 
 

@@ -16,14 +16,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vidgen_kernels import (
     block_noise,
-    configs,
     downsample,
     reference,
     renoise_coefficients,
     upsample_renoise,
 )
-from vidgen_kernels.portable import philox
-from vidgen_kernels.pyramid import draws
+from vidgen_kernels.latents import configs
+from vidgen_kernels.latents import philox_portable as philox
+from vidgen_kernels.latents.pyramid import draws
 from vidgen_kernels.testing import check_op
 
 GOLDEN = Path(__file__).parent / "golden" / "pyramid_flow"

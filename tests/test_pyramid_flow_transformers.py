@@ -18,7 +18,7 @@ from vidgen.pyramid_flow.mmdit import PyramidDiffusionMMDiT
 from vidgen.pyramid_flow.positions import coordinates, sincos_table, spatial_embedding, times
 from vidgen.pyramid_flow.sequence import pack, patchify, unpatchify
 from vidgen.pyramid_flow.transformer import PyramidTransformer
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels.common.launch import is_interpreted
 
 TINY = {
     "flux": FluxConfig(

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vidgen.ops import EAGER
-from vidgen_kernels import ddim_step, dpm_step, euler_step, reference, sampler
+from vidgen_kernels import ddim_step, dpm_step, euler_step, reference
+from vidgen_kernels.latents import sampler
 from vidgen_kernels.testing import check_op
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,7 +8,7 @@ import torch
 
 from bench.memory_cases import MemoryCase
 from tests import traffic
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels.common.launch import is_interpreted
 
 ALLOWED = 1.1  # of the floor
 RENEW = "renew the table and review it: python tests/traffic.py --write"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen_kernels import configs, reference, training_pair
+from vidgen_kernels import reference, training_pair
+from vidgen_kernels.latents import configs
 from vidgen_kernels.testing import check_op
 
 not_interpreted = pytest.mark.portable_only  # the interpreter computes bf16 wrongly

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vidgen import cli, verify
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels.common.launch import is_interpreted
 
 CASES = Path(__file__).parent / "golden" / "nova"
 BUILT = ["set_attention_a", "set_attention_b"]

@@ -51,11 +51,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
 from bench.memory_cases import CASES, MemoryCase  # noqa: E402
-from tests.aot_compile import markdown, patch_everywhere, table_rows  # noqa: E402
+from tests.aot_compile import markdown, table_rows  # noqa: E402
 from vidgen.ops import EAGER, FUSED  # noqa: E402
 from vidgen.shapes import TokenShape  # noqa: E402
-from vidgen_kernels import _triton  # noqa: E402
-from vidgen_kernels.registration import OPS  # noqa: E402
+from vidgen_kernels.common.launch import architecture  # noqa: E402
+from vidgen_kernels.common.registration import OPS  # noqa: E402
+from vidgen_kernels.testing import replaced  # noqa: E402
 
 TABLE = Path(__file__).with_name("traffic_table.md")
 DTYPE = torch.float16  # bf16 cannot be interpreted
@@ -162,7 +163,7 @@ def launches_count(tally: Tally, largest: dict[str, int]) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, function))
         for op in OPS.values():
             stack.enter_context(mock.patch.object(op, "launch", inside(op.launch)))
-        patch_everywhere(stack, _triton, "architecture", lambda x: ARCH)
+        stack.enter_context(replaced(architecture, lambda x: ARCH))
         yield
 
 

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vidgen.arguments import names, output_folder
+from .arguments import names, output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"

@@ -11,8 +11,15 @@ from torch import Tensor
 
 import vidgen_kernels as fused
 from vidgen import eager
-from vidgen_kernels import IntervalMask, Modulation, QKVStream, TrainingPair, renoise_coefficients
-from vidgen_kernels.sampler import LinearStep
+from vidgen_kernels import (
+    IntervalMask,
+    Modulation,
+    QKVStream,
+    TrainingPair,
+    feature_cache,
+    renoise_coefficients,
+)
+from vidgen_kernels.latents.sampler import LinearStep, linear_step
 
 __all__ = [
     "EAGER",
@@ -81,8 +88,8 @@ FUSED = Ops(
     interval_attention=fused.interval_attention,
     set_masked_attention=fused.set_masked_attention,
     residual_norm=fused.residual_norm,
-    mix=fused.feature_cache.mix,
-    segment=fused.feature_cache.segment,
+    mix=feature_cache.mix,
+    segment=feature_cache.segment,
     feature_cache=fused.CacheWindow,
     qk_norm_rope=fused.qk_norm_rope,
     post_norm_residual=fused.post_norm_residual,
@@ -93,6 +100,6 @@ FUSED = Ops(
     euler_step=fused.euler_step,
     ddim_step=fused.ddim_step,
     dpm_step=fused.dpm_step,
-    linear_step=fused.sampler.linear_step,
+    linear_step=linear_step,
 )
 OPS = {"eager": EAGER, "fused": FUSED}

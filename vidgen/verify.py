@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidgen.checkpoint import read_json
-from vidgen.generate import add_ops_argument
-from vidgen.golden import Pixels, Results, Where, flatten
-from vidgen.nova import golden as nova
-from vidgen.ops import OPS
-from vidgen.pyramid_flow import golden as pyramid_flow
-from vidgen.repvideo import golden as repvideo
-from vidgen_kernels._triton import is_interpreted
+from vidgen_kernels.common.launch import is_interpreted
+
+from .checkpoint import read_json
+from .generate import add_ops_argument
+from .golden import Pixels, Results, Where, flatten
+from .nova import golden as nova
+from .ops import OPS
+from .pyramid_flow import golden as pyramid_flow
+from .repvideo import golden as repvideo
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}

@@ -1,16 +1,17 @@
 """Exact, fast Triton kernels for video-generation transformers."""
 
-from .attention import block_causal_attention, set_masked_attention
+from .attention.block_causal import block_causal_attention
+from .attention.interval_attention import interval_attention
+from .attention.intervals import IntervalMask
+from .attention.set_masked import set_masked_attention
 from .feature_cache import CacheWindow, FeatureCache
-from .interval_attention import interval_attention
-from .intervals import IntervalMask
-from .norms import Modulation, residual_norm
-from .post_norm import post_norm_residual
-from .post_norm_adaln import post_norm_adaln
-from .pyramid import block_noise, downsample, renoise_coefficients, upsample_renoise
-from .rope import QKVStream, qk_norm_rope
-from .sampler import ddim_step, dpm_step, euler_step
-from .training_pair import TrainingPair, training_pair
+from .latents.pyramid import block_noise, downsample, renoise_coefficients, upsample_renoise
+from .latents.sampler import ddim_step, dpm_step, euler_step
+from .latents.training_pair import TrainingPair, training_pair
+from .norms.post_norm import post_norm_residual
+from .norms.post_norm_adaln import post_norm_adaln
+from .norms.residual_norm import Modulation, residual_norm
+from .rope.qk_norm_rope import QKVStream, qk_norm_rope
 
 __all__ = [
     "CacheWindow",

@@ -1,19 +1,23 @@
-"""Random masks and tensors, and the one rule by which results are compared with definitions.
+"""Random masks and tensors, the one rule by which results are compared with definitions, and
+functions of the package exchanged for a while.
 
 A mask is first a *recipe*: a constructor and its arguments, nested. `build_mask` makes the
 `IntervalMask` of it, `dense_mask` what `reference` says it means.
 """
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .intervals import BlockLengths, IntervalMask
-from .runs import MAX_INTERVALS
+from .attention.intervals import BlockLengths, IntervalMask
+from .attention.runs import MAX_INTERVALS
 
 EXACT = 1e-12  # what summing in another order may cost in fp64
 
@@ -316,3 +320,13 @@ def _text_limit(recipe: Recipe) -> int:
         return dense_mask(recipe).shape[2]
     first = args["masks"][0]
     return min(_text_limit(first), dense_mask(first).shape[1])
+
+
+@contextmanager
+def replaced(function: Callable, by: Callable) -> Iterator[None]:
+    """``by`` for ``function`` in every module of the package that has imported it."""
+    with ExitStack() as stack:
+        for module in [m for n, m in sys.modules.items() if n.startswith("vidgen_kernels.")]:
+            if getattr(module, function.__name__, None) is function:
+                stack.enter_context(mock.patch.object(module, function.__name__, by))
+        yield

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vidgen_kernels.sampler import LinearStep
+from vidgen_kernels.latents.sampler import LinearStep
 
 
 def euler_step(

@@ -16,7 +16,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import (
 )
 from torch import Tensor, nn
 
-from ..feature_cache import FeatureCache
+from ..norms.feature_cache import FeatureCache
 from . import _forwards
 from ._cogvideox import FusedBlock, FusedProcessor, Plan, RotaryAngles, affine, refuse_caches
 

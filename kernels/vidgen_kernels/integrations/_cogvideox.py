@@ -26,12 +26,12 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from ..feature_cache import FeatureCache
-from ..interval_attention import interval_attention
-from ..intervals import IntervalMask
-from ..norms import Modulation, residual_norm, run
-from ..rope import QKVStream, qk_norm_rope
-from ..runs import require
+from ..attention.interval_attention import interval_attention
+from ..attention.intervals import IntervalMask
+from ..attention.runs import require
+from ..norms.feature_cache import FeatureCache
+from ..norms.residual_norm import Modulation, residual_norm, run
+from ..rope.qk_norm_rope import QKVStream, qk_norm_rope
 
 # Hooks of diffusers that move or cast weights and leave the numbers as they are.
 HARMLESS_HOOKS = ("diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")

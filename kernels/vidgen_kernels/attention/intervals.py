@@ -1,0 +1,510 @@
+"""What an attention mask means: the intervals of keys that a query sees, and their transpose.
+
+The masks of video models are made of blocks: runs of consecutive tokens with the same visibility
+(a frame, a chunk of frames, text + frame 0, a set of tokens of equal rank). A block sees at most
+three intervals of keys, and is seen by at most three intervals of queries, on which dK/dV works.
+Everything is built per block, by torch alone; the kernels read the per-token form.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..common.front_door import is_int
+from .runs import Runs, concatenate, on_host, require
+
+MAX_TOKENS = 2**31 - 1  # positions are int32
+
+BlockLengths = Sequence[int] | Tensor
+Device = torch.device | str | None
+
+
+class TokenIntervals(NamedTuple):
+    """The intervals of every token, half-open; I is 1 to 3 and may differ between the two sides."""
+
+    q_begin: Tensor  # int32 [I, B or 1, Tq], keys that a query sees
+    q_end: Tensor
+    k_begin: Tensor  # int32 [I, B or 1, Tk], queries that see a key
+    k_end: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalMask:
+    """Which query sees which key. Built by the class methods below, which also combine.
+
+    One mask serves every layer and step of a layout: its per-token form is computed once, on the
+    stream of the first call. Other streams wait for that one, as for any tensor.
+    """
+
+    queries: Runs
+    keys: Runs
+    n_queries: int | None  # None where the lengths are a tensor that is not read back
+    n_keys: int | None
+    text_queries: bool  # the first query tokens are the first key tokens
+    parts: tuple[IntervalMask, ...] = ()  # what `pack` put together, for who runs them one by one
+    _per_token: dict[tuple[int, int], TokenIntervals] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def block_causal(
+        cls,
+        block_lengths: BlockLengths,
+        *,
+        query_blocks: range | None = None,
+        window: int | None = None,
+        sink_blocks: int = 0,
+        device: Device = None,
+    ) -> IntervalMask:
+        """Block i sees block j iff j <= i and, with a window, j > i - window or j < sink_blocks.
+
+        Args:
+            block_lengths: tokens per block, any sizes: ints, or an int tensor ``[N]``.
+            query_blocks: only these blocks are queries (a KV-cache step); keys are all blocks.
+            window: how many blocks a block sees, itself included.
+            sink_blocks: the first blocks, seen by all that come after them whatever the window.
+            device: where a mask of ints is put, default CPU; a tensor stays where it is.
+
+        Raises:
+            ValueError: lengths that are no integers of 0 or more, a window below 1, a negative
+                number of sinks, query blocks outside ``0..N``.
+        """
+        n_blocks = _count("block_lengths", block_lengths)
+        start, stop = (0, n_blocks) if query_blocks is None else _blocks(query_blocks, n_blocks)
+        _check_window(window, sink_blocks)
+        lengths = {"block_lengths": block_lengths}
+        return _build(_block_causal, lengths, (start, stop, window, sink_blocks), device)
+
+    @classmethod
+    def teacher_forcing(
+        cls,
+        block_lengths: BlockLengths,
+        *,
+        window: int | None = None,
+        sink_blocks: int = 0,
+        first_noisy: int = 0,
+        device: Device = None,
+    ) -> IntervalMask:
+        """``[clean | noisy]`` copies of the blocks, as CausVid and Self-Forcing train.
+
+        Clean block i sees clean blocks as in `block_causal`. Noisy block i sees the clean blocks
+        before i, by the same window and sinks, and itself. Other arguments, errors: `block_causal`.
+
+        Args:
+            first_noisy: blocks before this one are conditions, which have no noisy copy.
+        """
+        _check_window(window, sink_blocks)
+        n_blocks = _count("block_lengths", block_lengths)
+        if not is_int(first_noisy) or not 0 <= first_noisy <= n_blocks:
+            raise ValueError(f"first_noisy: expected a block in 0..{n_blocks}, got {first_noisy!r}")
+        lengths = {"block_lengths": block_lengths}
+        return _build(_teacher_forcing, lengths, (window, sink_blocks, first_noisy), device)
+
+    @classmethod
+    def full(
+        cls, q_lengths: BlockLengths, k_lengths: BlockLengths, *, device: Device = None
+    ) -> IntervalMask:
+        """Block-diagonal: the queries of sequence i see all keys of sequence i.
+
+        Args:
+            q_lengths, k_lengths: tokens per sequence, ints or int tensors ``[N]``. Where they are
+                equal (on a GPU: one object) queries and keys are the same tokens to `pad_text`.
+
+        Raises:
+            ValueError: different numbers of sequences, or bad lengths.
+        """
+        n_sequences = _count("q_lengths", q_lengths)
+        if _count("k_lengths", k_lengths) != n_sequences:
+            raise ValueError(
+                f"k_lengths: expected {n_sequences} sequences as in q_lengths, got {len(k_lengths)}"
+            )
+        lengths = {"q_lengths": q_lengths, "k_lengths": k_lengths}
+        return _build(_full, lengths, (_are_same(q_lengths, k_lengths),), device)
+
+    @classmethod
+    def from_ranks(cls, rank_q: Tensor, rank_k: Tensor | None = None) -> IntervalMask:
+        """Query i sees key j iff ``rank_k[j] <= rank_q[i]``; ranks are sorted, smallest first.
+
+        Args:
+            rank_q, rank_k: integers ``[T]`` or ``[B, T]``; ``rank_k`` defaults to ``rank_q``.
+
+        Raises:
+            ValueError: other dtypes or shapes, different devices or batches, or (on a CPU) ranks
+                that are not sorted; those go through `set_masked_attention`.
+        """
+        q = check_ranks("rank_q", rank_q)
+        is_self = rank_k is None or rank_k is rank_q
+        k = q if rank_k is None else check_ranks("rank_k", rank_k)
+        if q.device != k.device or (len(q) != len(k) and 1 not in (len(q), len(k))):
+            raise ValueError(
+                f"rank_k: expected device {q.device} and batch {len(q)} as rank_q has, or batch 1, "
+                f"got device {k.device} and batch {len(k)}"
+            )
+        if is_self and len(q) == 1 and on_host(q):  # equal ranks are a block
+            ranks, lengths = q[0].unique_consecutive(return_counts=True)
+            _require_sorted("rank_q", ranks[None])
+            return cls.block_causal(lengths)
+        _require_sorted("rank_q", q)
+        if not is_self:
+            _require_sorted("rank_k", k)
+        return sorted_ranks(q, k, text_queries=is_self)
+
+    @classmethod
+    def pack(cls, masks: Sequence[IntervalMask]) -> IntervalMask:
+        """Block-diagonal: sequences one after another, each under its own mask.
+
+        Raises:
+            ValueError: no masks, different devices, or batch sizes other than 1 and one more.
+        """
+        masks = list(masks)
+        if not masks:
+            raise ValueError("masks: expected at least one, got none")
+        devices = {m.device for m in masks}
+        batches = {m.batch_size for m in masks} - {1}
+        if len(devices) > 1 or len(batches) > 1:
+            raise ValueError(
+                "masks: expected one device and batch sizes of 1 or one other, "
+                f"got devices {sorted(map(str, devices))}, batch sizes {sorted(batches)}"
+            )
+        queries, keys = [m.queries for m in masks], [m.keys for m in masks]
+        return cls(
+            concatenate(queries, keys),
+            concatenate(keys, queries),
+            _sum([m.n_queries for m in masks]),
+            _sum([m.n_keys for m in masks]),
+            masks[0].text_queries,
+            tuple(masks),
+        )
+
+    @classmethod
+    def pad_text(
+        cls, mask: IntervalMask, text_length: int, valid_lengths: BlockLengths
+    ) -> IntervalMask:
+        """``mask`` less the padding of the text: the text tokens past a batch row's valid length.
+
+        The first ``text_length`` keys are text, valid ones first. Padded keys are seen by nobody;
+        padded queries, if block 0 is among the queries, see nothing and give 0. As with any mask
+        values that nobody sees must still be finite.
+
+        Args:
+            valid_lengths: valid text tokens per batch row, ints or an int tensor ``[B]``.
+
+        Raises:
+            ValueError: text longer than the sequence, valid lengths outside ``0..text_length``,
+                another batch size than the mask's, or a mask that would need four intervals.
+        """
+        (n_text,) = _as_lengths("text_length", [text_length])
+        if mask.n_keys is not None and n_text > mask.n_keys:
+            raise ValueError(f"text_length: expected at most {mask.n_keys} keys, got {n_text}")
+        n_valid = _count("valid_lengths", valid_lengths)
+        if n_valid == 0 or (mask.batch_size != 1 and n_valid not in (1, mask.batch_size)):
+            raise ValueError(f"valid_lengths: expected {mask.batch_size} values, got {n_valid}")
+        if not isinstance(valid_lengths, Tensor):
+            for n in _as_lengths("valid_lengths", valid_lengths):
+                if n > n_text:
+                    raise ValueError(f"valid_lengths: expected values in 0..{n_text}, got {n}")
+        valid = _as_tensor("valid_lengths", valid_lengths, mask.device).to(torch.int32)[:, None]
+        in_range = ((valid >= 0) & (valid <= n_text)).all()
+        require(in_range, f"valid_lengths: expected values in 0..{n_text}, got others")
+        if n_text == 0:
+            return mask
+        text = torch.full_like(valid, n_text)
+        points = torch.cat([valid, text], dim=-1)
+        keys = mask.keys.split(points).emptied(valid, text)
+        queries = mask.queries.without(valid, text)
+        if mask.text_queries:
+            points = points.clamp(max=mask.queries.n_tokens)  # not all text need be a query
+            queries = queries.split(points).emptied(valid, text)
+            keys = keys.without(valid, text)
+        return cls(queries, keys, mask.n_queries, mask.n_keys, mask.text_queries)
+
+    @property
+    def device(self) -> torch.device:
+        return self.queries.begin.device
+
+    @property
+    def batch_size(self) -> int:
+        """1 where all batch rows share the mask."""
+        return max(self.queries.batch_size, self.keys.batch_size)
+
+    def to(self, device: torch.device | str) -> IntervalMask:
+        """The mask on another device; keep it, it is not cached."""
+        device = _with_index(device)
+        if device == self.device:
+            return self
+        queries, keys = self.queries.to(device), self.keys.to(device)
+        parts = tuple(part.to(device) for part in self.parts)
+        return IntervalMask(queries, keys, self.n_queries, self.n_keys, self.text_queries, parts)
+
+    def intervals(self, n_queries: int, n_keys: int) -> TokenIntervals:
+        """The per-token form, kept for the next call.
+
+        Raises:
+            ValueError: numbers of tokens that are not the mask's.
+        """
+        for name, expected, actual in (
+            ("queries", self.n_queries, n_queries),
+            ("keys", self.n_keys, n_keys),
+        ):
+            if expected is not None and expected != actual:
+                raise ValueError(f"mask: expected {expected} {name}, got {actual}")
+        if torch.compiler.is_compiling():
+            return self._expand(n_queries, n_keys)
+        if (n_queries, n_keys) in self._per_token:
+            return self._per_token[n_queries, n_keys]
+        with torch.inference_mode(False):  # what is kept must serve training too
+            intervals = self._expand(n_queries, n_keys)
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._per_token[n_queries, n_keys] = intervals  # in a capture it has no values yet
+        return intervals
+
+    def _expand(self, n_queries: int, n_keys: int) -> TokenIntervals:
+        # The messages are constants: one that held the count would make it one for a tracer too.
+        for name, runs, n_tokens in (
+            ("queries", self.queries, n_queries),
+            ("keys", self.keys, n_keys),
+        ):
+            if isinstance(runs.n_tokens, Tensor):
+                is_sum = runs.n_tokens == n_tokens
+                require(is_sum, f"mask: expected lengths that sum to the number of {name}")
+        tables = (*self.queries.expand(n_queries), *self.keys.expand(n_keys))
+        if torch.compiler.is_compiling():
+            return TokenIntervals(*tables)
+        return TokenIntervals(*(x.clone() if x.is_inference() else x for x in tables))
+
+    def to_dense(self) -> Tensor:
+        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key: to look at, and for tests."""
+        n_queries = int(self.queries.n_tokens) if self.n_queries is None else self.n_queries
+        n_keys = int(self.keys.n_tokens) if self.n_keys is None else self.n_keys
+        begin, end, _, _ = self.intervals(n_queries, n_keys)
+        key = torch.arange(n_keys, device=self.device)
+        return ((key >= begin[..., None]) & (key < end[..., None])).any(dim=0)
+
+
+def check_ranks(name: str, rank: Tensor) -> Tensor:
+    """``rank`` as int64 ``[B or 1, T]``, or a ValueError."""
+    if not isinstance(rank, Tensor):
+        raise ValueError(f"{name}: expected an integer tensor, got {type(rank).__name__}")
+    if not _is_integral(rank.dtype):
+        raise ValueError(f"{name}: expected integers, got {rank.dtype}")
+    if rank.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(rank.shape)}")
+    return torch.atleast_2d(rank).to(torch.int64)
+
+
+def _require_sorted(name: str, rank: Tensor) -> None:
+    is_sorted = (rank[:, 1:] >= rank[:, :-1]).all()
+    require(is_sorted, f"{name}: expected sorted ranks, got some in another order")
+
+
+def sorted_ranks(rank_q: Tensor, rank_k: Tensor, *, text_queries: bool = False) -> IntervalMask:
+    """The staircase of sorted ranks, int64 ``[B or 1, T]``: a query sees keys up to its rank."""
+    n_batch, n_queries, n_keys = max(len(rank_q), len(rank_k)), rank_q.shape[1], rank_k.shape[1]
+    rank_q, rank_k = (r.expand(n_batch, -1).contiguous() for r in (rank_q, rank_k))
+    q_end = torch.searchsorted(rank_k, rank_q, right=True, out_int32=True)[None]
+    k_begin = torch.searchsorted(rank_q, rank_k, out_int32=True)[None]
+    queries = Runs(None, torch.zeros_like(q_end), q_end)
+    keys = Runs(None, k_begin, torch.full_like(k_begin, n_queries))
+    return IntervalMask(queries, keys, n_queries, n_keys, text_queries)
+
+
+def _build(
+    builder: Callable[..., IntervalMask],
+    lengths: dict[str, BlockLengths],
+    rules: tuple,
+    device: Device,
+) -> IntervalMask:
+    """``builder(*edges, *rules)``, on the host for ints, else on the device of the lengths."""
+    tensors = [x for x in lengths.values() if isinstance(x, Tensor)]
+    default = tensors[0].device if tensors else "cpu"
+    device = _with_index(default if device is None else device)
+    if tensors or torch.compiler.is_compiling():
+        return builder(*(_edges(name, x, device) for name, x in lengths.items()), *rules)
+    ints = tuple(
+        (name, tuple(_as_lengths(name, x)))
+        for name, x in lengths.items()
+        if not isinstance(x, Tensor)  # none is; for the type checker
+    )
+    return _build_on_host(builder, ints, rules, device)
+
+
+# Layouts are few and come back at every step, so masks of ints are kept. Those of tensors are not:
+# their content may change behind our back.
+@functools.lru_cache(maxsize=64)
+def _build_on_host(builder, lengths, rules, device) -> IntervalMask:
+    with torch.inference_mode(False):  # what is kept must serve training too
+        host = torch.device("cpu")
+        tensors = ((name, torch.tensor(x, dtype=torch.int64, device=host)) for name, x in lengths)
+        edges = (_edges(name, x, host) for name, x in tensors)
+        mask = builder(*edges, *rules).to(device)
+    mask.queries.mark_dynamic()
+    mask.keys.mark_dynamic()
+    return mask
+
+
+def _block_causal(
+    edges: Tensor, start: int, stop: int, window: int | None, sink_blocks: int
+) -> IntervalMask:
+    n_blocks = len(edges) - 1
+    i = torch.arange(start, stop, device=edges.device)
+    q_edges = edges[start : stop + 1] - edges[start]
+    queries = Runs.of(q_edges, _past_blocks(edges, i, i + 1, window, sink_blocks))
+    # Block j is seen by a run of query blocks, from itself to as far as the window reaches.
+    j = torch.arange(n_blocks, device=edges.device)
+    last = _last_query_block(j, n_blocks, window, sink_blocks)
+    begin, end = (edges[x.clamp(start, stop)] - edges[start] for x in (j, last))
+    keys = Runs.of(edges, [(begin, end)])
+    return IntervalMask(
+        queries, keys, _total(q_edges), _total(edges), text_queries=start == 0 < stop
+    )
+
+
+def _teacher_forcing(
+    edges: Tensor, window: int | None, sink_blocks: int, first_noisy: int
+) -> IntervalMask:
+    n_blocks, n_clean = len(edges) - 1, edges[-1]
+    i = torch.arange(n_blocks, device=edges.device)
+    of_noisy = n_clean + (edges - edges[first_noisy]).clamp(min=0)  # edges of the noisy copies
+    itself = (of_noisy[first_noisy:-1], of_noisy[first_noisy + 1 :])
+    nothing = (torch.zeros_like(edges[1:]), torch.zeros_like(edges[1:]))
+
+    clean = [*_past_blocks(edges, i, i + 1, window, sink_blocks), nothing]
+    j = i[first_noisy:]
+    noisy = [*_past_blocks(edges, j, j, window, sink_blocks), itself]
+    last = _last_query_block(i, n_blocks, window, sink_blocks)
+    by_clean = (edges[:-1], edges[last])
+    by_noisy = (of_noisy[1:], of_noisy[last])
+
+    both = torch.cat([edges, itself[1]])
+    queries = Runs.of(both, [_join(c, n) for c, n in zip(clean, noisy, strict=True)])
+    no_other = (nothing[0][first_noisy:], nothing[1][first_noisy:])
+    keys = Runs.of(both, [_join(by_clean, itself), _join(by_noisy, no_other)])
+    return IntervalMask(queries, keys, _total(both), _total(both), text_queries=True)
+
+
+def _full(q_edges: Tensor, k_edges: Tensor, is_self: bool) -> IntervalMask:
+    queries = Runs.of(q_edges, [(k_edges[:-1], k_edges[1:])])
+    keys = Runs.of(k_edges, [(q_edges[:-1], q_edges[1:])])
+    return IntervalMask(queries, keys, _total(q_edges), _total(k_edges), text_queries=is_self)
+
+
+def _past_blocks(
+    edges: Tensor, i: Tensor, stop: Tensor, window: int | None, sink_blocks: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys of query block i among the blocks before ``stop``: the sinks, then the window."""
+    if window is None:
+        return [(torch.zeros_like(edges[stop]), edges[stop])]
+    first = (i - window + 1).clamp(min=0)
+    recent = (edges[first], edges[stop])
+    if sink_blocks == 0:
+        return [recent]
+    sinks = edges[first.clamp(max=sink_blocks)]
+    return [(torch.zeros_like(sinks), sinks), recent]
+
+
+def _last_query_block(j: Tensor, n_blocks: int, window: int | None, sink_blocks: int) -> Tensor:
+    """One past the last block that sees key block j."""
+    if window is None:
+        return torch.full_like(j, n_blocks)
+    return torch.where(j < sink_blocks, n_blocks, j + window).clamp(max=n_blocks)
+
+
+def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
+def _edges(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
+    """First token of every block and the end of the last, int32 ``[N + 1]``."""
+    lengths = _as_tensor(name, lengths, device)
+    require((lengths >= 0).all(), f"{name}: expected no negative number, got one")
+    edges = pad(lengths.cumsum(0), (1, 0))
+    require(edges[-1] <= MAX_TOKENS, f"{name}: expected at most {MAX_TOKENS} tokens, got more")
+    return edges.to(torch.int32)
+
+
+def _total(edges: Tensor) -> int | None:
+    """The number of tokens, where knowing it waits for nothing."""
+    return int(edges[-1]) if on_host(edges) else None
+
+
+def _sum(counts: list[int | None]) -> int | None:
+    known = [n for n in counts if n is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _as_tensor(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
+    """Lengths as int64 ``[N]``."""
+    if not isinstance(lengths, Tensor):
+        values = torch.tensor(_as_lengths(name, lengths), dtype=torch.int64, device="cpu")
+        return values.to(device, non_blocking=True)
+    if not _is_integral(lengths.dtype):
+        raise ValueError(f"{name}: expected integers, got {lengths.dtype}")
+    if lengths.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {lengths.device}")
+    return lengths.to(torch.int64)
+
+
+def _as_lengths(name: str, lengths: Sequence[int]) -> list[int]:
+    """Integers of 0 or more; NumPy's are fine, bools and floats are not."""
+    if torch.compiler.is_compiling():  # they may be symbols there
+        return [*lengths]
+    for n in lengths:
+        if not is_int(n):
+            raise ValueError(f"{name}: expected integers, got {n!r}")
+        if n < 0:
+            raise ValueError(f"{name}: expected no negative number, got {n}")
+        if n > MAX_TOKENS:
+            raise ValueError(f"{name}: expected at most {MAX_TOKENS} tokens, got {n}")
+    return [int(n) for n in lengths]
+
+
+def _count(name: str, lengths: BlockLengths) -> int:
+    """How many lengths there are, or a ValueError."""
+    if isinstance(lengths, Tensor) and lengths.ndim != 1:
+        raise ValueError(f"{name}: expected shape [N], got {list(lengths.shape)}")
+    if not hasattr(lengths, "__len__"):
+        raise ValueError(f"{name}: expected a sequence of ints or a tensor, got {lengths!r}")
+    return len(lengths)
+
+
+def _are_same(q_lengths: BlockLengths, k_lengths: BlockLengths) -> bool:
+    """As far as can be told without reading a GPU."""
+    if q_lengths is k_lengths:
+        return True
+    if any(isinstance(x, Tensor) and not on_host(x) for x in (q_lengths, k_lengths)):
+        return False
+    return [int(n) for n in q_lengths] == [int(n) for n in k_lengths]
+
+
+def _is_integral(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _check_window(window: int | None, sink_blocks: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if window is not None and (not is_int(window) or window < 1):
+        raise ValueError(f"window: expected None or at least 1 block, got {window!r}")
+    if not is_int(sink_blocks) or sink_blocks < 0:
+        raise ValueError(f"sink_blocks: expected 0 or more, got {sink_blocks!r}")
+
+
+def _blocks(query_blocks: range, n_blocks: int) -> tuple[int, int]:
+    if not isinstance(query_blocks, range) or query_blocks.step != 1:
+        raise ValueError(f"query_blocks: expected a range of step 1, got {query_blocks!r}")
+    if not 0 <= query_blocks.start <= query_blocks.stop <= n_blocks:
+        raise ValueError(f"query_blocks: expected blocks in 0..{n_blocks}, got {query_blocks}")
+    return query_blocks.start, query_blocks.stop
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """``cuda`` means the current one; a mask that is kept must say which that was."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

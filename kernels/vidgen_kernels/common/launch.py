@@ -1,0 +1,31 @@
+"""What a launcher asks before a launch: device, precision, whether kernels are interpreted."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+
+def is_interpreted() -> bool:
+    """True where ``TRITON_INTERPRET=1`` asks for kernels on CPU tensors."""
+    return knobs.runtime.interpret
+
+
+def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Sums are kept in fp32, in fp64 for fp64 inputs."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """An fp32 product takes three TF32 ones, unless torch is allowed plain TF32."""
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "ieee"
+
+
+def architecture(x: Tensor) -> int | None:
+    """Compute capability of the device of ``x`` (80, 90, ...), None for the interpreter."""
+    if x.device.type == "cpu":
+        return None
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor

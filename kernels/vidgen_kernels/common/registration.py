@@ -1,0 +1,146 @@
+"""From launchers to operators that autograd, torch.compile and fake tensors know."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from .launch import is_interpreted
+
+# Neither `torch.library.custom_op` nor `register_autograd`: what they check and flatten at every
+# call takes longer than a small step.
+LIBRARY = torch.library.Library("vidgen", "FRAGMENT")
+
+_NO_LIST = -1
+
+
+class Op:
+    """An operator ``vidgen::<name>``, called like a function."""
+
+    def __init__(self, name: str, launch: Callable[..., Any], overload: OpOverload):
+        self.name = f"vidgen::{name}"
+        self.launch = launch
+        self.overload = overload
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """As `torch.library.register_autograd`: ``needs_input_grad`` and what ``backward`` returns
+        hold a list where the operator takes one; it gets one list where the operator returns one.
+        """
+        returns_list = str(self.overload._schema.returns[0].type) == "List[Tensor]"
+
+        def forward(ctx, keyset, lengths, *flat):
+            args = _nest(flat, lengths)
+            results = self._below_autograd(keyset, args)
+            ctx.lengths = lengths
+            ctx.needs_input_grad = _nest(ctx.needs_input_grad[2:], lengths)
+            if setup_context is not None:
+                setup_context(ctx, args, results)
+            return tuple(results) if returns_list else results
+
+        def backward_of_flat(ctx, *grads):
+            grads = (list(grads),) if returns_list else grads
+            return None, None, *_flatten(backward(ctx, *grads), ctx.lengths)
+
+        name = self.name.split("::")[1]
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
+        function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
+
+        def on_autograd(keyset, *args):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                lengths = tuple([len(x) if isinstance(x, list) else _NO_LIST for x in args])
+                results = function.apply(keyset, lengths, *_flatten(args, lengths))
+                return list(results) if returns_list else results
+            return self._below_autograd(keyset, args)
+
+        LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
+
+    def _below_autograd(self, keyset, args):
+        # Nor are views tracked below: a result that was made as one could not be written in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def define_op(
+    name: str,
+    launch: Callable[..., Any],
+    portable: Callable[..., Any],
+    fake: Callable[..., Any],
+) -> Op:
+    """``vidgen::<name>``, one implementation per device.
+
+    Args:
+        launch: runs the Triton kernels: on CUDA tensors, and interpreted on CPU tensors. Its type
+            annotations become the schema.
+        portable: PyTorch on CPU tensors, same arguments.
+        fake: the shapes, strides and dtypes of the results, same arguments.
+    """
+
+    def on_cuda(*args):
+        if is_interpreted():
+            raise RuntimeError("TRITON_INTERPRET=1 is for CPU tensors: unset it for CUDA tensors")
+        with torch.cuda.device_of(next(_tensors(args))):  # Triton launches on the current device
+            return OPS[name].launch(*args)
+
+    def on_cpu(*args):
+        run = OPS[name].launch if is_interpreted() else portable
+        if not torch.is_autocast_enabled("cpu"):
+            return run(*args)
+        with torch.autocast("cpu", enabled=False):  # the caller has cast what is to be cast
+            return run(*args)
+
+    def no_vmap(info, in_dims, *args):
+        # PyTorch's own way is a slow loop, and one in which all slices would draw the same noise
+        raise NotImplementedError(f"vidgen::{name} has no vmap: give it the batch as it is")
+
+    LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    LIBRARY.impl(name, on_cpu, "CPU")
+    torch.library.register_fake(f"vidgen::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"vidgen::{name}", no_vmap, lib=LIBRARY)
+    OPS[name] = Op(name, launch, getattr(torch.ops.vidgen, name).default)
+    return OPS[name]
+
+
+def refuse_double_backward(backward_op: Op) -> None:
+    def no_double_backward(ctx, *grads):
+        raise NotImplementedError(f"{backward_op.name} has no double backward")
+
+    backward_op.register_autograd(no_double_backward)
+
+
+def _flatten(args: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
+    """The elements of lists in place of these; None stands for a list of None."""
+    flat = []
+    for x, n in zip(args, lengths, strict=True):
+        if n == _NO_LIST:
+            flat.append(x)
+        else:
+            flat += [None] * n if x is None else x
+    return flat
+
+
+def _nest(flat: Sequence[Any], lengths: Sequence[int]) -> tuple[Any, ...]:
+    """The inverse of `_flatten`."""
+    remaining = iter(flat)
+    return tuple(
+        [next(remaining) if n == _NO_LIST else list(islice(remaining, n)) for n in lengths]
+    )
+
+
+def _tensors(args: Iterable[Any]):
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)

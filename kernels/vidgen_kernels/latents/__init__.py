@@ -1,0 +1,1 @@
+"""Operators on latents: the pyramid of resolutions, training pairs, sampler steps, noise."""

@@ -1,0 +1,1 @@
+"""Residuals, norms and modulation of token rows, and RepVideo's feature cache."""

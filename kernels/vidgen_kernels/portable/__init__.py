@@ -1,1 +1,0 @@
-"""The CPU implementations, registered for the same operators as the kernels."""

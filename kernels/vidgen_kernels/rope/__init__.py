@@ -1,0 +1,1 @@
+"""Queries and keys: norm, rotation, head layout, in one pass from the projection."""
