@@ -29,13 +29,13 @@ from bench.nova_cases import NovaSet
 from bench.pyramid_cases import TOY, PyramidEvaluation
 from bench.repvideo_cases import RepVideoEvaluation
 from tests import pipes
-from vidgen.nova.example_steps import CONFIGS
-from vidgen.nova.transformer import NovaTransformer
+from vidgen.nova.checks.example_steps import CONFIGS
+from vidgen.nova.model.transformer import NovaTransformer
 from vidgen.ops import FUSED, Ops
-from vidgen.pyramid_flow.config import FluxConfig
-from vidgen.pyramid_flow.flux import PyramidFluxTransformer
-from vidgen.repvideo.example import example_config
-from vidgen.repvideo.transformer import CogVideoXTransformer
+from vidgen.pyramid_flow.model.config import FluxConfig
+from vidgen.pyramid_flow.model.flux import PyramidFluxTransformer
+from vidgen.repvideo.checks.example import example_config
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
 from vidgen.shapes import REAL
 
 CUBLAS = 0.7, 0.85  # share of the dense tensor peak: an assumption

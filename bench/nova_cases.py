@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from bench.model_case import SAMPLING, ModelStep, Run, Sampler, TokenStep, Way
-from vidgen.nova import example_steps as examples
-from vidgen.nova.example_steps import CONFIGS, GUIDANCE, SetOfFrame, random_model
-from vidgen.nova.sampling import SamplingConfig
-from vidgen.nova.transformer import NovaTransformer
+from vidgen.nova.checks import example_steps as examples
+from vidgen.nova.checks.example_steps import CONFIGS, GUIDANCE, SetOfFrame, random_model
+from vidgen.nova.model.transformer import NovaTransformer
+from vidgen.nova.sampling.sampler import SamplingConfig
 from vidgen.ops import EAGER
 from vidgen.shapes import Direction
 

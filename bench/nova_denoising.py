@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
-from vidgen.nova.denoising import SetDenoiser, denoise_latents
-from vidgen.nova.draws import RandomDraws
-from vidgen.nova.embeddings import patchify
-from vidgen.nova.example import example_model
-from vidgen.nova.frames import Frames, ReleasedFrames, SortedFrames
-from vidgen.nova.guidance import Guidance
-from vidgen.nova.schedules import FlowMatching
-from vidgen.nova.vit import take
+from vidgen.nova.checks.example import example_model
+from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
+from vidgen.nova.model.embeddings import patchify
+from vidgen.nova.model.vit import take
+from vidgen.nova.sampling.denoising import SetDenoiser, denoise_latents
+from vidgen.nova.sampling.draws import RandomDraws
+from vidgen.nova.sampling.frames import Frames, ReleasedFrames, SortedFrames
+from vidgen.nova.sampling.guidance import Guidance
+from vidgen.nova.sampling.schedules import FlowMatching
 from vidgen.ops import EAGER, FUSED
 
 ORDERS = {"released": EAGER, "eager": EAGER, "ours": FUSED}  # the second: our order, eager ops

@@ -14,11 +14,11 @@ import sys
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
-from vidgen.nova.draws import RandomDraws
-from vidgen.nova.frames import CausalFrames, Frames, ReleasedFrames, SortedFrames
-from vidgen.nova.guidance import Guidance
-from vidgen.nova.transformer import NovaTransformer
+from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
+from vidgen.nova.model.transformer import NovaTransformer
+from vidgen.nova.sampling.draws import RandomDraws
+from vidgen.nova.sampling.frames import CausalFrames, Frames, ReleasedFrames, SortedFrames
+from vidgen.nova.sampling.guidance import Guidance
 from vidgen.ops import EAGER
 
 ORDERS: dict[str, tuple[type[Frames], str]] = {

@@ -23,7 +23,7 @@ from bench.model_case import (
     Way,
 )
 from vidgen.ops import EAGER
-from vidgen.pyramid_flow.example import (
+from vidgen.pyramid_flow.checks.example import (
     LATENTS,
     SamplingExample,
     TrainingExample,
@@ -34,9 +34,9 @@ from vidgen.pyramid_flow.example import (
     training_example,
     video_example,
 )
-from vidgen.pyramid_flow.history import settled_frames, training_units
-from vidgen.pyramid_flow.training import TrainingConfig, column_tokens, training_step
-from vidgen.pyramid_flow.transformer import PyramidTransformer
+from vidgen.pyramid_flow.model.history import settled_frames, training_units
+from vidgen.pyramid_flow.model.transformer import PyramidTransformer
+from vidgen.pyramid_flow.training.loss import TrainingConfig, column_tokens, training_step
 from vidgen.shapes import Direction
 
 ModelName = Literal["flux", "mmdit"]

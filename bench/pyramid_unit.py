@@ -21,13 +21,13 @@ from torch import Tensor
 
 from bench.cases import relative_error
 from vidgen.ops import EAGER, FUSED, Ops
-from vidgen.pyramid_flow.example import LATENTS, TEXT_LENGTH, example_config, example_model
-from vidgen.pyramid_flow.history import settled_frames
-from vidgen.pyramid_flow.kv_cache import OFF, CachePolicy
-from vidgen.pyramid_flow.noise import DrawnNoise
-from vidgen.pyramid_flow.sampling import sample
-from vidgen.pyramid_flow.sampling_config import SamplingConfig
-from vidgen.pyramid_flow.sequence import n_tokens
+from vidgen.pyramid_flow.checks.example import LATENTS, TEXT_LENGTH, example_config, example_model
+from vidgen.pyramid_flow.model.history import settled_frames
+from vidgen.pyramid_flow.model.kv_cache import OFF, CachePolicy
+from vidgen.pyramid_flow.model.sequence import n_tokens
+from vidgen.pyramid_flow.sampling.config import SamplingConfig
+from vidgen.pyramid_flow.sampling.noise import DrawnNoise
+from vidgen.pyramid_flow.sampling.sampler import sample
 from vidgen.pyramid_flow.text import Prompts, TextFeatures
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

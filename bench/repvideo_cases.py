@@ -11,8 +11,7 @@ import torch
 
 from bench.model_case import SAMPLING, ModelStep, Sampler, TokenStep
 from vidgen.ops import EAGER
-from vidgen.repvideo.config import PRESETS
-from vidgen.repvideo.example import (
+from vidgen.repvideo.checks.example import (
     N_STEPS,
     SIZES,
     EvaluationExample,
@@ -24,7 +23,8 @@ from vidgen.repvideo.example import (
     training_example,
     video_example,
 )
-from vidgen.repvideo.transformer import CogVideoXTransformer
+from vidgen.repvideo.model.config import PRESETS
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
 from vidgen.shapes import Direction
 
 REDUCED, TOY = (2, 3), (1, 3)  # heads and layers; the third is the first that mixes

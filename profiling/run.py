@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from bench.cases import Case, Function, as_tuple  # noqa: E402
 from bench.suites import SUITES, directions  # noqa: E402
-from vidgen.arguments import output_folder, whole  # noqa: E402
+from vidgen.common.arguments import output_folder, whole  # noqa: E402
 
 DTYPES = {
     "bf16": torch.bfloat16,

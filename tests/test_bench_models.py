@@ -15,10 +15,10 @@ from bench.model_cases import STEPS, VIDEOS
 from bench.model_providers import COMPILED_VARIANTS, compiled
 from bench.pyramid_cases import PyramidTraining, PyramidVideo
 from bench.suites import MODELS, SAMPLERS, directions
-from vidgen.nova.example_steps import CONFIGS, SetOfFrame
+from vidgen.nova.checks.example_steps import CONFIGS, SetOfFrame
 from vidgen.ops import EAGER, FUSED
-from vidgen.pyramid_flow.example import TrainingExample
-from vidgen.repvideo.example import SIZES
+from vidgen.pyramid_flow.checks.example import TrainingExample
+from vidgen.repvideo.checks.example import SIZES
 
 pytestmark = pytest.mark.portable_only
 

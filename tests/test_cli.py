@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from vidgen import cli
-from vidgen.arguments import output_folder
-from vidgen.checkpoint import read_config, read_safetensors, read_state_dict, write_state_dict
-from vidgen.media import check_output, read_frames
-from vidgen.progress import Bars
-from vidgen.text_encoders import read_tokenizer
+from vidgen.common.arguments import output_folder
+from vidgen.common.checkpoint import (
+    read_config,
+    read_safetensors,
+    read_state_dict,
+    write_state_dict,
+)
+from vidgen.common.media import check_output, read_frames
+from vidgen.common.progress import Bars
+from vidgen.common.text_encoders import read_tokenizer
 
 pytestmark = pytest.mark.portable_only
 

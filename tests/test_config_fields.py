@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from vidgen.config_fields import check_fields
-from vidgen.nova.config import NovaConfig
-from vidgen.nova.vae_config import VAEConfig as NovaVAEConfig
-from vidgen.pyramid_flow.config import FluxConfig, MMDiTConfig
-from vidgen.pyramid_flow.vae_config import VAEConfig as PyramidVAEConfig
-from vidgen.repvideo.config import CogVideoXConfig
+from vidgen.common.config_fields import check_fields
+from vidgen.nova.model.config import NovaConfig
+from vidgen.nova.vae.config import VAEConfig as NovaVAEConfig
+from vidgen.pyramid_flow.model.config import FluxConfig, MMDiTConfig
+from vidgen.pyramid_flow.vae.config import VAEConfig as PyramidVAEConfig
+from vidgen.repvideo.model.config import CogVideoXConfig
 
 pytestmark = pytest.mark.portable_only
 

@@ -31,7 +31,7 @@ from tests.cogvideox import (
     trained_gates,
     with_and_without_gates,
 )
-from vidgen.repvideo.keys import GATES, SAT_UNUSED, to_diffusers
+from vidgen.repvideo.model.keys import GATES, SAT_UNUSED, to_diffusers
 from vidgen_kernels.integrations.diffusers import accelerate as fuse
 
 GOLDEN = Path(__file__).with_name("golden") / "repvideo"

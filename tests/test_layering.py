@@ -80,6 +80,10 @@ def families(*names: str) -> tuple[str, ...]:
     return tuple(f"vidgen_kernels.{name}" for name in names)
 
 
+def models(*rooms: str) -> tuple[str, ...]:
+    return tuple(f"vidgen.{model}.{room}" for model in MODELS for room in rooms)
+
+
 # Floors from the bottom up; a room may import itself and the rooms named beside it.
 ROOMS: dict[str, tuple[str, ...]] = {
     "vidgen_kernels.common": (),
@@ -91,6 +95,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "vidgen.eager": ("vidgen_kernels",),
     "vidgen.ops": ("vidgen_kernels", "vidgen.eager"),
     "vidgen.shapes": (),
+    "vidgen.common": ("vidgen.ops",),
+    **{f"vidgen.{model}": ("vidgen.ops", "vidgen.common") for model in MODELS},
+    "vidgen.commands": ("vidgen.ops", "vidgen.common", *models("checks"), "vidgen_kernels.common"),
+    "vidgen.cli": ("vidgen.common",),
 }
 
 
@@ -100,6 +108,12 @@ def test_rooms_import_only_what_lies_below_them(room: str) -> None:
     for file in below(room):
         strangers = {x for x in arrows(file) if not is_in(x, (room, *ROOMS[room]))}
         assert not strangers, f"{file} imports {sorted(strangers)}"
+
+
+def test_every_file_of_the_packages_is_in_a_room() -> None:
+    roots = ("vidgen_kernels", "vidgen")
+    files = {file for root in roots for file in below(root)}
+    assert [file for file in files - set(roots) if not is_in(file, tuple(ROOMS))] == []
 
 
 def test_no_circle_of_imports() -> None:
@@ -130,11 +144,38 @@ def test_meaning_and_portable_forms_do_not_depend_on_triton(file: str) -> None:
     assert [file for file in reached if "triton" in foreign(file)] == []
 
 
+# The rooms of a model, each with those of the same model that it may import.
+MODEL_ROOMS = {
+    "model": (),
+    "vae": (),
+    "sampling": ("model", "text"),
+    "training": ("model", "sampling", "text"),
+    "checks": ("model", "vae", "sampling", "training", "text", "pipeline", "offload"),
+}
+
+
+@pytest.mark.parametrize("room", MODEL_ROOMS)
 @pytest.mark.parametrize("model", MODELS)
-def test_models_never_import_each_other(model: str) -> None:
-    others = tuple(f"vidgen.{name}" for name in MODELS if name != model)
-    for file in below(f"vidgen.{model}"):
-        assert not any(is_in(x, (*others, "vidgen.eager", "vidgen_kernels")) for x in arrows(file))
+def test_rooms_of_a_model(model: str, room: str) -> None:
+    allowed = tuple(f"vidgen.{model}.{name}" for name in (room, *MODEL_ROOMS[room]))
+    assert below(allowed[0])
+    for file in below(allowed[0]):
+        strangers = {
+            x for x in arrows(file) if is_in(x, (f"vidgen.{model}",)) and not is_in(x, allowed)
+        }
+        assert not strangers, f"{file} imports {sorted(strangers)}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern", "most"),
+    [
+        *((f"vidgen/{model}", "*.py", 6) for model in MODELS),
+        ("vidgen", "*.py", 4),
+    ],
+)
+def test_rooms_are_not_crowded(folder: str, pattern: str, most: int) -> None:
+    files = {p.name for p in (ROOT / folder).glob(pattern)} - {"__init__.py"}
+    assert len(files) <= most, sorted(files)
 
 
 def test_top_of_the_kernels() -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vidgen.nova import denoising
-from vidgen.nova.denoiser import DenoisingMLP
-from vidgen.nova.denoising import SetDenoiser, denoise_latents
-from vidgen.nova.embeddings import patchify
-from vidgen.nova.guidance import Guidance
-from vidgen.nova.schedules import DDPM, FlowMatching, Schedule
-from vidgen.nova.vit import take
+from vidgen.nova.model.denoiser import DenoisingMLP
+from vidgen.nova.model.embeddings import patchify
+from vidgen.nova.model.vit import take
+from vidgen.nova.sampling import denoising
+from vidgen.nova.sampling.denoising import SetDenoiser, denoise_latents
+from vidgen.nova.sampling.guidance import Guidance
+from vidgen.nova.sampling.schedules import DDPM, FlowMatching, Schedule
 from vidgen.ops import EAGER, FUSED, Ops
 
 Loop = Callable[[], Tensor]

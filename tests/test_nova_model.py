@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen.nova import golden_models, golden_training, set_causal
-from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
-from vidgen.nova.denoiser import DenoisingMLP
-from vidgen.nova.embeddings import (
+from vidgen.commands.verify import check, find_cases
+from vidgen.nova.checks import golden_models, golden_training
+from vidgen.nova.model import set_causal
+from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
+from vidgen.nova.model.denoiser import DenoisingMLP
+from vidgen.nova.model.embeddings import (
     N_CLASSES,
     grid_positions,
     patchify,
@@ -20,12 +22,11 @@ from vidgen.nova.embeddings import (
     space_table,
     unpatchify,
 )
-from vidgen.nova.image_encoder import ImageEncoder
-from vidgen.nova.transformer import NovaTransformer
-from vidgen.nova.video_encoder import block_causal_mask
-from vidgen.nova.vit import Block, KVCache, take
+from vidgen.nova.model.image_encoder import ImageEncoder
+from vidgen.nova.model.transformer import NovaTransformer
+from vidgen.nova.model.video_encoder import block_causal_mask
+from vidgen.nova.model.vit import Block, KVCache, take
 from vidgen.ops import EAGER, FUSED, IntervalMask
-from vidgen.verify import check, find_cases
 
 GOLDEN = Path(__file__).parent / "golden" / "nova"
 CASES = {

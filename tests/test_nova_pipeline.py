@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from vidgen import generate as command
-from vidgen.checkpoint import write_state_dict
 from vidgen.cli import main
-from vidgen.media import fit, read_frames
-from vidgen.nova import example
+from vidgen.commands import generate as command
+from vidgen.common.checkpoint import write_state_dict
+from vidgen.common.media import fit, read_frames
+from vidgen.nova.checks import example
 from vidgen.nova.pipeline import NovaPipeline
-from vidgen.nova.sampling import SamplingConfig
-from vidgen.nova.schedules import DDPM
+from vidgen.nova.sampling.sampler import SamplingConfig
+from vidgen.nova.sampling.schedules import DDPM
 from vidgen.nova.text import write_features
 from vidgen.ops import FUSED
 

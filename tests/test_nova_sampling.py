@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vidgen.golden import Where
-from vidgen.nova import golden_sampling, graphs, sampling, set_causal
-from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
-from vidgen.nova.draws import RandomDraws
-from vidgen.nova.frames import CausalFrames, Frames, ReleasedFrames, SortedFrames
-from vidgen.nova.graphs import BucketedFrames
-from vidgen.nova.guidance import Guidance
-from vidgen.nova.sampling import SamplingConfig, class_condition, sample, text_condition
-from vidgen.nova.schedules import (
-    DDPM,
-    FlowMatching,
-    set_sizes,
-)
+from vidgen.commands.verify import check, find_cases
+from vidgen.common.golden import Where
+from vidgen.nova.checks import golden_sampling
+from vidgen.nova.model import set_causal
+from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
+from vidgen.nova.model.transformer import NovaTransformer
+from vidgen.nova.sampling import graphs
+from vidgen.nova.sampling import sample as sampling
+from vidgen.nova.sampling.draws import RandomDraws
+from vidgen.nova.sampling.frames import CausalFrames, Frames, ReleasedFrames, SortedFrames
+from vidgen.nova.sampling.graphs import BucketedFrames
+from vidgen.nova.sampling.guidance import Guidance
+from vidgen.nova.sampling.sampler import SamplingConfig, class_condition, sample, text_condition
+from vidgen.nova.sampling.schedules import DDPM, FlowMatching, set_sizes
 from vidgen.nova.text import TextFeatures
-from vidgen.nova.transformer import NovaTransformer
 from vidgen.ops import EAGER, FUSED
-from vidgen.verify import check, find_cases
 
 GOLDEN = Path(__file__).parent / "golden" / "nova"
 CASES = {case.path.stem: case for case in find_cases(GOLDEN) if case.kind in golden_sampling.KINDS}
@@ -258,7 +257,7 @@ class Uncached(SortedFrames):
 def test_set_causal_cache_is_exact(config, monkeypatch):
     model = model_of(replace(config, spatial_attention="set_causal"))
     expected = latents(model, RUN)
-    monkeypatch.setattr("vidgen.nova.sampling.CausalFrames", Uncached)
+    monkeypatch.setattr("vidgen.nova.sampling.sampler.CausalFrames", Uncached)
     assert_same(latents(model, RUN), expected)
     with pytest.raises(ValueError, match="order: expected sorted for a set-causal model"):
         latents(model, replace(RUN, order="official"))

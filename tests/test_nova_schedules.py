@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from vidgen.nova.golden_sampling import KINDS
-from vidgen.nova.guidance import Guidance
+from vidgen.commands.verify import check, find_cases
+from vidgen.nova.checks.golden_sampling import KINDS
 from vidgen.nova.pipeline import shifted
-from vidgen.nova.schedules import (
+from vidgen.nova.sampling.guidance import Guidance
+from vidgen.nova.sampling.schedules import (
     DDPM,
     FlowMatching,
     MaskRatio,
@@ -18,7 +19,6 @@ from vidgen.nova.schedules import (
     set_sizes,
 )
 from vidgen.ops import EAGER, FUSED
-from vidgen.verify import check, find_cases
 
 GOLDEN = Path(__file__).parent / "golden" / "nova"
 CASES = {case.path.stem: case for case in find_cases(GOLDEN) if case.kind in KINDS}

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen.nova.config import Arch, Decoder, Encoder, NovaConfig
-from vidgen.nova.embeddings import patchify
-from vidgen.nova.golden_training import training_schedule
-from vidgen.nova.schedules import DDPM, FlowMatching, Schedule, set_sizes
-from vidgen.nova.training import (
+from vidgen.nova.checks.golden_training import training_schedule
+from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
+from vidgen.nova.model.embeddings import patchify
+from vidgen.nova.model.transformer import NovaTransformer
+from vidgen.nova.sampling.schedules import DDPM, FlowMatching, Schedule, set_sizes
+from vidgen.nova.training.loss import (
     TrainingDraws,
     diffusion_losses,
     draw,
@@ -24,7 +25,6 @@ from vidgen.nova.training import (
     spatial_features,
     training_step,
 )
-from vidgen.nova.transformer import NovaTransformer
 from vidgen.ops import EAGER, FUSED
 
 CONFIG = NovaConfig(

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.contracts import PeakMemory
-from vidgen import verify
-from vidgen.media import to_uint8
-from vidgen.nova import vae_layers
-from vidgen.nova.golden_vae import complete_latents
-from vidgen.nova.vae import VAE, ImageVAE, VideoVAE, load_pretrained_vae, load_vae, time_tiles
-from vidgen.nova.vae_config import FIXED, VAEConfig
-from vidgen.nova.vae_layers import CausalConv3d, FrameConv, Upsample
+from vidgen.commands import verify
+from vidgen.common.media import to_uint8
+from vidgen.nova.checks.golden_vae import complete_latents
+from vidgen.nova.vae import layers as vae_layers
+from vidgen.nova.vae.config import FIXED, VAEConfig
+from vidgen.nova.vae.layers import CausalConv3d, FrameConv, Upsample
+from vidgen.nova.vae.vae import VAE, ImageVAE, VideoVAE, load_pretrained_vae, load_vae, time_tiles
 
 pytestmark = pytest.mark.portable_only  # no kernel of ours is in it
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidgen.nova.config import Encoder, NovaConfig
-from vidgen.nova.transformer import NovaTransformer
-from vidgen.nova.weights import load_pretrained, load_transformer
+from vidgen.nova.model.config import Encoder, NovaConfig
+from vidgen.nova.model.transformer import NovaTransformer
+from vidgen.nova.model.weights import load_pretrained, load_transformer
 from vidgen.ops import FUSED
 
 pytestmark = pytest.mark.portable_only

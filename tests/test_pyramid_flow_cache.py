@@ -9,16 +9,16 @@ import torch
 
 from bench import pyramid_unit
 from vidgen.ops import FUSED
-from vidgen.pyramid_flow.config import PATCH
-from vidgen.pyramid_flow.example import LATENTS, example_config, example_model
-from vidgen.pyramid_flow.guidance import Guidance
-from vidgen.pyramid_flow.history import settled_frames
-from vidgen.pyramid_flow.kv_cache import CachePolicy, CacheSizes, KVCache, plan
-from vidgen.pyramid_flow.sampling import estimate_cache, sample
-from vidgen.pyramid_flow.sampling_config import SamplingConfig
-from vidgen.pyramid_flow.sequence import n_tokens
+from vidgen.pyramid_flow.checks.example import LATENTS, example_config, example_model
+from vidgen.pyramid_flow.model.config import PATCH
+from vidgen.pyramid_flow.model.history import settled_frames
+from vidgen.pyramid_flow.model.kv_cache import CachePolicy, CacheSizes, KVCache, plan
+from vidgen.pyramid_flow.model.sequence import n_tokens
+from vidgen.pyramid_flow.model.transformer import PyramidTransformer
+from vidgen.pyramid_flow.sampling.config import SamplingConfig
+from vidgen.pyramid_flow.sampling.guidance import Guidance
+from vidgen.pyramid_flow.sampling.sampler import estimate_cache, sample
 from vidgen.pyramid_flow.text import TextFeatures
-from vidgen.pyramid_flow.transformer import PyramidTransformer
 
 every_model = pytest.mark.parametrize("name", ["flux", "mmdit"])
 TEXT_LENGTH = 128

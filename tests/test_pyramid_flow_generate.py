@@ -13,10 +13,15 @@ from torch import Tensor
 
 from tests.text_encoders import write_flux
 from vidgen import cli
-from vidgen.media import fit, read_frames, write_frames
+from vidgen.common.media import fit, read_frames, write_frames
+from vidgen.pyramid_flow.checks.random_weights import (
+    SMALL,
+    SMALL_VAE,
+    random_pipeline,
+    random_prompts,
+)
 from vidgen.pyramid_flow.generate import add_arguments, guidance_of
 from vidgen.pyramid_flow.pipeline import VAE_FOLDER, PyramidFlowPipeline
-from vidgen.pyramid_flow.random_weights import SMALL, SMALL_VAE, random_pipeline, random_prompts
 from vidgen.pyramid_flow.text import NEGATIVE_PROMPT, write_features
 
 pytestmark = pytest.mark.portable_only  # the sampler and its kernels have tests of their own

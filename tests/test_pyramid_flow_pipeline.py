@@ -11,23 +11,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.text_encoders import write_flux
-from vidgen import verify
-from vidgen.media import to_uint8
+from vidgen.commands import verify
+from vidgen.common.media import to_uint8
 from vidgen.ops import EAGER, FUSED
 from vidgen.pyramid_flow import offload
-from vidgen.pyramid_flow.config import MMDiTConfig
-from vidgen.pyramid_flow.golden_sampling import RecordedNoise, below, sampling_config
-from vidgen.pyramid_flow.guidance import Guidance
-from vidgen.pyramid_flow.kv_cache import CachePolicy
-from vidgen.pyramid_flow.latents import LATENT_STATS, denormalize_latents
-from vidgen.pyramid_flow.noise import DrawnNoise
+from vidgen.pyramid_flow.checks.golden_sampling import RecordedNoise, below, sampling_config
+from vidgen.pyramid_flow.checks.random_weights import (
+    SMALL,
+    SMALL_VAE,
+    random_pipeline,
+    random_prompts,
+)
+from vidgen.pyramid_flow.model.config import MMDiTConfig
+from vidgen.pyramid_flow.model.kv_cache import CachePolicy
+from vidgen.pyramid_flow.model.weights import load_transformer
 from vidgen.pyramid_flow.offload import Placement
 from vidgen.pyramid_flow.pipeline import VAE_FOLDER, PyramidFlowPipeline, UnitDecoder
-from vidgen.pyramid_flow.random_weights import SMALL, SMALL_VAE, random_pipeline, random_prompts
-from vidgen.pyramid_flow.sampling import sample
-from vidgen.pyramid_flow.sampling_config import SamplingConfig
+from vidgen.pyramid_flow.sampling.config import SamplingConfig
+from vidgen.pyramid_flow.sampling.guidance import Guidance
+from vidgen.pyramid_flow.sampling.noise import DrawnNoise
+from vidgen.pyramid_flow.sampling.sampler import sample
 from vidgen.pyramid_flow.text import NEGATIVE_PROMPT, PARTS, PROMPT_SUFFIX, Prompts, TextFeatures
-from vidgen.pyramid_flow.weights import load_transformer, load_vae
+from vidgen.pyramid_flow.vae.latents import LATENT_STATS, denormalize_latents
+from vidgen.pyramid_flow.vae.weights import load_vae
 
 GOLDEN = Path(__file__).parent / "golden" / "pyramid_flow"
 pytestmark = pytest.mark.portable_only  # the sampler and its kernels have tests of their own

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from vidgen.ops import EAGER, FUSED
-from vidgen.pyramid_flow.example import example_config, example_model
-from vidgen.pyramid_flow.guidance import Guidance, LinearGuidance
-from vidgen.pyramid_flow.history import unit_frames
-from vidgen.pyramid_flow.kv_cache import CachePolicy
-from vidgen.pyramid_flow.noise import DrawnNoise
-from vidgen.pyramid_flow.sampling import StageRecord, sample
-from vidgen.pyramid_flow.sampling_config import SamplingConfig
+from vidgen.pyramid_flow.checks.example import example_config, example_model
+from vidgen.pyramid_flow.model.history import unit_frames
+from vidgen.pyramid_flow.model.kv_cache import CachePolicy
+from vidgen.pyramid_flow.model.transformer import PyramidTransformer
+from vidgen.pyramid_flow.sampling.config import SamplingConfig
+from vidgen.pyramid_flow.sampling.guidance import Guidance, LinearGuidance
+from vidgen.pyramid_flow.sampling.noise import DrawnNoise
+from vidgen.pyramid_flow.sampling.sampler import StageRecord, sample
 from vidgen.pyramid_flow.text import Prompts, TextFeatures
-from vidgen.pyramid_flow.transformer import PyramidTransformer
 
 pytestmark = pytest.mark.portable_only  # loops of many calls, each of which other tests interpret
 

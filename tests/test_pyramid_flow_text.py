@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from tests.text_encoders import clip_config, clip_tokenizer, t5, t5_tokenizer, write_flux, write_sd3
-from vidgen.pyramid_flow.config import FluxConfig
+from vidgen.pyramid_flow.model.config import FluxConfig
 from vidgen.pyramid_flow.text import (
     TEXT_LENGTH,
     Prompts,

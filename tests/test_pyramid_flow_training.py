@@ -7,19 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen.checkpoint import load_exactly
+from vidgen.commands.verify import find_cases
+from vidgen.common.checkpoint import load_exactly
 from vidgen.ops import EAGER, FUSED
-from vidgen.pyramid_flow.config import FluxConfig, MMDiTConfig
-from vidgen.pyramid_flow.example import example_model
-from vidgen.pyramid_flow.golden_models import layouts, train, train_full
-from vidgen.pyramid_flow.history import (
+from vidgen.pyramid_flow.checks.example import example_model
+from vidgen.pyramid_flow.checks.golden_models import layouts, train, train_full
+from vidgen.pyramid_flow.model.config import FluxConfig, MMDiTConfig
+from vidgen.pyramid_flow.model.history import (
     count_units,
     history_layout,
     training_units,
     unit_frames,
 )
-from vidgen.pyramid_flow.scheduler import PyramidFlowScheduler
-from vidgen.pyramid_flow.training import (
+from vidgen.pyramid_flow.model.weights import load_pretrained, load_transformer
+from vidgen.pyramid_flow.sampling.scheduler import PyramidFlowScheduler
+from vidgen.pyramid_flow.training.loss import (
     Conditions,
     TrainingConfig,
     balance,
@@ -29,8 +31,6 @@ from vidgen.pyramid_flow.training import (
     training_columns,
     training_step,
 )
-from vidgen.pyramid_flow.weights import load_pretrained, load_transformer
-from vidgen.verify import find_cases
 
 GOLDEN = Path(__file__).parent / "golden" / "pyramid_flow"
 CASES = {case.path.stem: case for case in find_cases(GOLDEN)}

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from vidgen.ops import EAGER, FUSED, IntervalMask
-from vidgen.pyramid_flow.config import FluxConfig, MMDiTConfig
-from vidgen.pyramid_flow.example import example_config, example_model, example_step
-from vidgen.pyramid_flow.flux import PyramidFluxTransformer
-from vidgen.pyramid_flow.layers import Stream
-from vidgen.pyramid_flow.mmdit import PyramidDiffusionMMDiT
-from vidgen.pyramid_flow.positions import coordinates, sincos_table, spatial_embedding, times
-from vidgen.pyramid_flow.sequence import pack, patchify, unpatchify
-from vidgen.pyramid_flow.transformer import PyramidTransformer
+from vidgen.pyramid_flow.checks.example import example_config, example_model, example_step
+from vidgen.pyramid_flow.model.config import FluxConfig, MMDiTConfig
+from vidgen.pyramid_flow.model.flux import PyramidFluxTransformer
+from vidgen.pyramid_flow.model.layers import Stream
+from vidgen.pyramid_flow.model.mmdit import PyramidDiffusionMMDiT
+from vidgen.pyramid_flow.model.positions import coordinates, sincos_table, spatial_embedding, times
+from vidgen.pyramid_flow.model.sequence import pack, patchify, unpatchify
+from vidgen.pyramid_flow.model.transformer import PyramidTransformer
 from vidgen_kernels.common.launch import is_interpreted
 
 TINY = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidgen import verify
+from vidgen.commands import verify
 from vidgen.ops import EAGER, FUSED, Ops
-from vidgen.pyramid_flow.scheduler import PyramidFlowScheduler
+from vidgen.pyramid_flow.sampling.scheduler import PyramidFlowScheduler
 
 pytestmark = pytest.mark.portable_only  # tables of numbers; steps are tested with the sampler
 

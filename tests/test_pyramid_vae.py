@@ -12,19 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.contracts import PeakMemory
-from vidgen import verify
-from vidgen.checkpoint import read_state_dict
-from vidgen.media import to_uint8
-from vidgen.pyramid_flow import vae_layers
-from vidgen.pyramid_flow.latents import (
-    LATENT_STATS,
-    denormalize_latents,
-    normalize_latents,
-)
-from vidgen.pyramid_flow.vae import CausalVideoVAE, Posterior
-from vidgen.pyramid_flow.vae_config import FIXED, RELEASED, VAEConfig
-from vidgen.pyramid_flow.vae_tiling import decode_tiling, encode_tiling, run_tiled
-from vidgen.pyramid_flow.weights import load_pretrained_vae, load_vae
+from vidgen.commands import verify
+from vidgen.common.checkpoint import read_state_dict
+from vidgen.common.media import to_uint8
+from vidgen.pyramid_flow.vae import layers as vae_layers
+from vidgen.pyramid_flow.vae.config import FIXED, RELEASED, VAEConfig
+from vidgen.pyramid_flow.vae.latents import LATENT_STATS, denormalize_latents, normalize_latents
+from vidgen.pyramid_flow.vae.tiling import decode_tiling, encode_tiling, run_tiled
+from vidgen.pyramid_flow.vae.vae import CausalVideoVAE, Posterior
+from vidgen.pyramid_flow.vae.weights import load_pretrained_vae, load_vae
 
 pytestmark = pytest.mark.portable_only  # no kernel of ours is in it
 

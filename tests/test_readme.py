@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vidgen import cli, verify
+from vidgen import cli
+from vidgen.commands import verify
 
 pytestmark = pytest.mark.portable_only
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vidgen import cli
 from vidgen.ops import EAGER, FUSED, Ops
-from vidgen.repvideo.analysis import adjacent_similarity, attention_mass, observed
-from vidgen.repvideo.analyze import shares
+from vidgen.repvideo.analysis.analyze import shares
+from vidgen.repvideo.analysis.observe import adjacent_similarity, attention_mass, observed
 from vidgen.repvideo.generate import RANDOM
-from vidgen.repvideo.layers import Sequence, Stream
-from vidgen.repvideo.transformer import CogVideoXTransformer
+from vidgen.repvideo.model.layers import Sequence, Stream
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
 
 BOTH = pytest.mark.parametrize("ops", [EAGER, FUSED], ids=["eager", "fused"])
 N_LAYERS = RANDOM.num_layers

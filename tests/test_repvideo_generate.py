@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from vidgen import cli
-from vidgen.generate import Run
-from vidgen.media import read_frames
+from vidgen.common.media import read_frames
+from vidgen.common.options import GenerateRun
+from vidgen.common.progress import SILENT
 from vidgen.ops import FUSED
-from vidgen.progress import SILENT
 from vidgen.repvideo import generate as command
-from vidgen.repvideo.config import CogVideoXConfig
 from vidgen.repvideo.convert import write_sat
 from vidgen.repvideo.generate import RANDOM, RANDOM_VAE
+from vidgen.repvideo.model.config import CogVideoXConfig
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
 from vidgen.repvideo.pipeline import RepVideoPipeline, Sampling, VideoSize
-from vidgen.repvideo.schedules import sat_schedule
+from vidgen.repvideo.sampling.schedules import sat_schedule
 from vidgen.repvideo.text import (
     Prompts,
     TextEncoder,
@@ -28,8 +29,7 @@ from vidgen.repvideo.text import (
     read_features,
     write_features,
 )
-from vidgen.repvideo.transformer import CogVideoXTransformer
-from vidgen.repvideo.vae import decode, encode, from_sat, load_pretrained_vae
+from vidgen.repvideo.vae.vae import decode, encode, from_sat, load_pretrained_vae
 
 pytestmark = pytest.mark.portable_only
 
@@ -349,7 +349,7 @@ def test_latents_of_large_models_have_another_scale(tmp_path: Path, monkeypatch)
 
     monkeypatch.setattr(command, "load_pretrained_vae", load)
     generator, cpu = torch.Generator(), torch.device("cpu")
-    run = Run(tmp_path, "a", "", None, FUSED, torch.float32, cpu, generator, SILENT)
+    run = GenerateRun(tmp_path, "a", "", None, FUSED, torch.float32, cpu, generator, SILENT)
     for path in (tmp_path / "3d-vae.pt", tmp_path):
         for is_large in (False, True):
             config = CogVideoXConfig(use_rotary_positional_embeddings=is_large)

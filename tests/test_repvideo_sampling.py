@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen import verify
+from vidgen.commands import verify
 from vidgen.ops import EAGER, FUSED, Ops
-from vidgen.repvideo import golden_sampling
-from vidgen.repvideo.sampling import Guidance, draw_normal, sample
-from vidgen.repvideo.schedules import (
+from vidgen.repvideo.checks import golden_sampling
+from vidgen.repvideo.sampling.sampler import Guidance, draw_normal, sample
+from vidgen.repvideo.sampling.schedules import (
     SAMPLERS,
     Step,
     build_scheduler,

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from vidgen.ops import EAGER, FUSED
-from vidgen.repvideo.config import CogVideoXConfig
-from vidgen.repvideo.schedules import denoiser_table, shifted_alphas
-from vidgen.repvideo.training import add_noise, draw_timesteps, drop_text, training_step
-from vidgen.repvideo.transformer import CogVideoXTransformer
+from vidgen.repvideo.model.config import CogVideoXConfig
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
+from vidgen.repvideo.sampling.schedules import denoiser_table, shifted_alphas
+from vidgen.repvideo.training.loss import add_noise, draw_timesteps, drop_text, training_step
 
 TINY = CogVideoXConfig(
     num_attention_heads=1,

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from tests.contracts import living_tensors
 from vidgen.ops import EAGER, FUSED, Ops
-from vidgen.repvideo import golden, golden_models
-from vidgen.repvideo.config import PRESETS, CogVideoXConfig
-from vidgen.repvideo.keys import to_sat
-from vidgen.repvideo.layers import AdaptiveNorm, patchify, unpatchify
-from vidgen.repvideo.transformer import CogVideoXTransformer
+from vidgen.repvideo.checks import golden, golden_models
+from vidgen.repvideo.model.config import PRESETS, CogVideoXConfig
+from vidgen.repvideo.model.keys import to_sat
+from vidgen.repvideo.model.layers import AdaptiveNorm, patchify, unpatchify
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
 
 TINY = CogVideoXConfig(
     num_attention_heads=2,
@@ -222,7 +222,7 @@ def test_operators_agree(config: CogVideoXConfig) -> None:
 
 def by_definition(model: CogVideoXTransformer, inputs: dict[str, Tensor]) -> Tensor:
     """RepVideo's loop around plain blocks: a list of outputs that restarts after 0, 6, 12, ..."""
-    from vidgen.repvideo.layers import Stream
+    from vidgen.repvideo.model.layers import Stream
 
     n_text, outputs = inputs["text"].shape[1], []
     assert model.learnable_gating is not None

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vidgen import cli
-from vidgen.checkpoint import write_state_dict
+from vidgen.common.checkpoint import write_state_dict
 from vidgen.ops import FUSED
-from vidgen.repvideo.config import CogVideoXConfig
-from vidgen.repvideo.keys import to_diffusers, to_sat
-from vidgen.repvideo.positions import sincos_table
-from vidgen.repvideo.transformer import CogVideoXTransformer
-from vidgen.repvideo.weights import config_of, load_pretrained, load_transformer
+from vidgen.repvideo.model.config import CogVideoXConfig
+from vidgen.repvideo.model.keys import to_diffusers, to_sat
+from vidgen.repvideo.model.positions import sincos_table
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
+from vidgen.repvideo.model.weights import config_of, load_pretrained, load_transformer
 
 pytestmark = pytest.mark.portable_only
 

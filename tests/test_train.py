@@ -16,26 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vidgen.checkpoint import read_state_dict
 from vidgen.cli import main
-from vidgen.nova.example import SMALL, example_model
-from vidgen.nova.objective import NovaObjective
-from vidgen.nova.schedules import FlowMatching
-from vidgen.nova.weights import load_pretrained as load_nova
+from vidgen.commands.train import MODELS
+from vidgen.common.checkpoint import read_state_dict
+from vidgen.common.options import TrainRun
+from vidgen.common.trainer import OPTIMIZER, WEIGHTS, Batch, Objective, write_checkpoint
+from vidgen.nova.checks.example import SMALL, example_model
+from vidgen.nova.model.weights import load_pretrained as load_nova
+from vidgen.nova.sampling.schedules import FlowMatching
+from vidgen.nova.training.objective import NovaObjective
 from vidgen.ops import EAGER, FUSED
-from vidgen.pyramid_flow.weights import load_pretrained as load_pyramid_flow
+from vidgen.pyramid_flow.model.weights import load_pretrained as load_pyramid_flow
 from vidgen.repvideo.generate import RANDOM
-from vidgen.repvideo.objective import RepVideoObjective
-from vidgen.repvideo.transformer import CogVideoXTransformer
-from vidgen.repvideo.weights import load_pretrained as load_repvideo
-from vidgen.train import MODELS, Run
-from vidgen.trainer import (
-    OPTIMIZER,
-    WEIGHTS,
-    Batch,
-    Objective,
-    write_checkpoint,
-)
+from vidgen.repvideo.model.transformer import CogVideoXTransformer
+from vidgen.repvideo.model.weights import load_pretrained as load_repvideo
+from vidgen.repvideo.training.objective import RepVideoObjective
 
 pytestmark = pytest.mark.portable_only
 
@@ -87,7 +82,7 @@ def objective_of(model: str, ops=FUSED, argv: str = "", **options: Any) -> Objec
     """With random weights; ``argv``: options of the model's own."""
     module, parser = importlib.import_module(MODELS[model]), argparse.ArgumentParser()
     module.add_arguments(parser.add_argument_group(model))
-    run = Run(None, ops, torch.float32, 0, False, 0.0)._replace(**options)
+    run = TrainRun(None, ops, torch.float32, 0, False, 0.0)._replace(**options)
     return module.load(parser.parse_args(argv.split()), run)
 
 

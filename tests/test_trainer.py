@@ -9,8 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vidgen.samples import Samples, seed_of
-from vidgen.trainer import Batch, Objective, Process, Recipe, Schedule, Trainer, write_checkpoint
+from vidgen.common.samples import Samples, seed_of
+from vidgen.common.trainer import (
+    Batch,
+    Objective,
+    Process,
+    Recipe,
+    Schedule,
+    Trainer,
+    write_checkpoint,
+)
 
 pytestmark = pytest.mark.portable_only
 

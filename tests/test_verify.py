@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidgen import cli, verify
+from vidgen import cli
+from vidgen.commands import verify
 from vidgen_kernels.common.launch import is_interpreted
 
 CASES = Path(__file__).parent / "golden" / "nova"

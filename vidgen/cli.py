@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .arguments import names, output_folder
+from vidgen.common.arguments import names, output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -338,14 +338,20 @@ def _source_environment() -> dict[str, str]:
 # name -> summary, adds its arguments (if it has any), runs
 COMMANDS = {
     "bench": ("time our kernels against their peers", configure_bench, run_bench),
-    "generate": ("a video or an image from a prompt", *_module("vidgen.generate")),
-    "train": ("train a model on latents and text features", *_module("vidgen.train")),
+    "generate": ("a video or an image from a prompt", *_module("vidgen.commands.generate")),
+    "train": ("train a model on latents and text features", *_module("vidgen.commands.train")),
     "convert": (
         "CogVideoX and RepVideo weights between key layouts",
         *_module("vidgen.repvideo.convert"),
     ),
-    "analyze": ("what RepVideo's layers do, as plots", *_module("vidgen.repvideo.analyze")),
-    "verify": ("run the golden cases through our models and ops", *_module("vidgen.verify")),
+    "analyze": (
+        "what RepVideo's layers do, as plots",
+        *_module("vidgen.repvideo.analysis.analyze"),
+    ),
+    "verify": (
+        "run the golden cases through our models and ops",
+        *_module("vidgen.commands.verify"),
+    ),
     "profile": ("profile one op with Nsight or PyTorch's profiler", None, run_profile),
     "info": ("versions, device, and which implementations are available", None, run_info),
 }

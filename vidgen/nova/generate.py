@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidgen.arguments import MAX_STEPS, number, whole
-from vidgen.checkpoint import read_config
-from vidgen.generate import Run, Video, add_size_arguments
-from vidgen.media import fit, read_frames
+from vidgen.common.arguments import MAX_STEPS, number, whole
+from vidgen.common.checkpoint import read_config
+from vidgen.common.media import fit, read_frames
+from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
-from .config import NovaConfig
-from .embeddings import DEFAULT_FLOW, N_CLASSES
-from .example import SMALL, example_features, example_pipeline
-from .guidance import Guidance
+from .checks.example import SMALL, example_features, example_pipeline
+from .model.config import NovaConfig
+from .model.embeddings import DEFAULT_FLOW, N_CLASSES
 from .pipeline import FPS, NovaPipeline, shifted
-from .sampling import ORDERS, SamplingConfig
+from .sampling.guidance import Guidance
+from .sampling.sampler import ORDERS, SamplingConfig
 from .text import TextFeatures, read_features
 
 SUMMARY = "NOVA: text to image or video, an image or the beginning of a video to video"
@@ -127,7 +127,7 @@ def _transformer_config(args: argparse.Namespace) -> NovaConfig:
     return NovaConfig.from_dict(read_config(args.checkpoint / "transformer"))
 
 
-def generate(args: argparse.Namespace, run: Run) -> Video:
+def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
     """Numbers are checked before models are read, all of the request before anything is made."""
     config = _transformer_config(args)
     size = args.height or config.image_size[0], args.width or config.image_size[1]
@@ -174,7 +174,7 @@ def generate(args: argparse.Namespace, run: Run) -> Video:
 
 
 def _prompts(
-    args: argparse.Namespace, run: Run, pipeline: NovaPipeline
+    args: argparse.Namespace, run: GenerateRun, pipeline: NovaPipeline
 ) -> TextFeatures | list[int]:
     config = pipeline.transformer.config
     if config.text_token_dim is None:

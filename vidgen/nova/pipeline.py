@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidgen.checkpoint import read_config
-from vidgen.media import to_uint8
+from vidgen.common.checkpoint import read_config
+from vidgen.common.media import to_uint8
+from vidgen.common.progress import SILENT, Progress
 from vidgen.ops import FUSED, Ops
-from vidgen.progress import SILENT, Progress
 
-from .draws import RandomDraws
-from .embeddings import DEFAULT_FLOW
-from .sampling import SamplingConfig, class_condition, sample, text_condition
-from .schedules import FlowMatching, Schedule, read_schedule
+from .model.embeddings import DEFAULT_FLOW
+from .model.transformer import NovaTransformer
+from .model.weights import load_pretrained
+from .sampling.draws import RandomDraws
+from .sampling.sampler import SamplingConfig, class_condition, sample, text_condition
+from .sampling.schedules import FlowMatching, Schedule, read_schedule
 from .text import TextEncoder, TextFeatures, load_text_encoder
-from .transformer import NovaTransformer
-from .vae import VAE, load_pretrained_vae
-from .weights import load_pretrained
+from .vae.vae import VAE, load_pretrained_vae
 
 FPS = 12
 

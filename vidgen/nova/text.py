@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidgen.checkpoint import load_exactly, read_config, read_state_dict, write_state_dict
-from vidgen.text_encoders import read_tokenizer
+from vidgen.common.checkpoint import load_exactly, read_config, read_state_dict, write_state_dict
+from vidgen.common.text_encoders import read_tokenizer
 
 MAX_LENGTH = 256  # `text_token_len` of all released models
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from vidgen.arguments import whole
-from vidgen.checkpoint import read_config, read_folder
-from vidgen.train import Run
-from vidgen.trainer import Recipe
+from vidgen.common.arguments import whole
+from vidgen.common.checkpoint import read_config, read_folder
+from vidgen.common.options import TrainRun
+from vidgen.common.trainer import Recipe
 
-from .config import SPATIAL_ATTENTION, NovaConfig
-from .example import SMALL, example_model
+from .checks.example import SMALL, example_model
 from .generate import N_SETS, count_sets
-from .objective import NovaObjective
-from .schedules import FlowMatching, read_schedule
-from .training import freeze
-from .weights import load_transformer
+from .model.config import SPATIAL_ATTENTION, NovaConfig
+from .model.weights import load_transformer
+from .sampling.schedules import FlowMatching, read_schedule
+from .training.loss import freeze
+from .training.objective import NovaObjective
 
 SUMMARY = "NOVA, text or class to image or video"
 RECIPE = Recipe(learning_rate=1e-4, batch_size=3, weight_decay=0.02)  # as released, of videos
@@ -41,7 +41,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def load(args: argparse.Namespace, run: Run) -> NovaObjective:
+def load(args: argparse.Namespace, run: TrainRun) -> NovaObjective:
     """What the released models were not trained in stays as it is. Errors: `load_transformer`."""
     chosen = {} if args.spatial_attention is None else {"spatial_attention": args.spatial_attention}
     if run.checkpoint is None:

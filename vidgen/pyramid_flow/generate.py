@@ -9,19 +9,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vidgen.arguments import MAX_SIDE, MAX_STEPS, number, whole
-from vidgen.generate import Run, Video, add_size_arguments
-from vidgen.media import IMAGES, fit, read_frames
+from vidgen.common.arguments import MAX_SIDE, MAX_STEPS, number, whole
+from vidgen.common.media import IMAGES, fit, read_frames
+from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
-from .guidance import Guidance, LinearGuidance
-from .kv_cache import OFF, CacheEstimate, CachePolicy
-from .noise import DrawnNoise
+from .checks.random_weights import SMALL_SIZE, random_pipeline, random_prompts
+from .model.kv_cache import OFF, CacheEstimate, CachePolicy
 from .offload import Placement
 from .pipeline import FPS, PyramidFlowPipeline
-from .random_weights import SMALL_SIZE, random_pipeline, random_prompts
-from .sampling import estimate_cache
-from .sampling_config import SamplingConfig
-from .sampling_run import check_prompts
+from .sampling.config import SamplingConfig
+from .sampling.guidance import Guidance, LinearGuidance
+from .sampling.noise import DrawnNoise
+from .sampling.run import check_prompts
+from .sampling.sampler import estimate_cache
 from .text import NEGATIVE_PROMPT, Prompts, read_features
 
 SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a video to video"
@@ -138,7 +138,7 @@ def _count_units(args: argparse.Namespace) -> int:
     return 1 if args.output.suffix in IMAGES else N_UNITS
 
 
-def generate(args: argparse.Namespace, run: Run) -> Video:
+def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
     """The whole request is checked before anything is made."""
     policy = _cache_policy(args)
     size = _frame_size(args)
@@ -175,7 +175,7 @@ def generate(args: argparse.Namespace, run: Run) -> Video:
     return Video(frames[0, _n_hidden(args, given) :], FPS)
 
 
-def _pipeline(args: argparse.Namespace, run: Run) -> PyramidFlowPipeline:
+def _pipeline(args: argparse.Namespace, run: GenerateRun) -> PyramidFlowPipeline:
     placement = Placement(run.device, args.low_memory)
     if run.checkpoint is None:
         return random_pipeline(ops=run.ops, dtype=run.dtype, placement=placement)
@@ -244,7 +244,7 @@ def _n_hidden(args: argparse.Namespace, given: Tensor | None) -> int:
     return len(given)
 
 
-def _prompts(pipeline: PyramidFlowPipeline, run: Run) -> Prompts:
+def _prompts(pipeline: PyramidFlowPipeline, run: GenerateRun) -> Prompts:
     config = pipeline.transformer.config
     if run.embeddings is not None:
         return read_features(run.embeddings, config)

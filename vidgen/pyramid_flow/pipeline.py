@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidgen.media import to_uint8
+from vidgen.common.media import to_uint8
+from vidgen.common.progress import SILENT, Progress
 from vidgen.ops import FUSED, Ops
-from vidgen.progress import SILENT, Progress
 
-from .config import PATCH
-from .flux import PyramidFluxTransformer
-from .latents import LATENT_STATS, LatentStats, denormalize_latents, normalize_latents
-from .noise import Noise
+from .model.config import PATCH
+from .model.flux import PyramidFluxTransformer
+from .model.transformer import PyramidTransformer
+from .model.weights import load_pretrained
 from .offload import Placement
-from .sampling import sample
-from .sampling_config import SamplingConfig
+from .sampling.config import SamplingConfig
+from .sampling.noise import Noise
+from .sampling.sampler import sample
 from .text import (
     NEGATIVE_PROMPT,
     PROMPT_SUFFIX,
@@ -34,10 +35,10 @@ from .text import (
     TextFeatures,
     load_text_encoder,
 )
-from .transformer import PyramidTransformer
-from .vae import CausalVideoVAE
-from .vae_tiling import decode_tiling
-from .weights import load_pretrained, load_pretrained_vae
+from .vae.latents import LATENT_STATS, LatentStats, denormalize_latents, normalize_latents
+from .vae.tiling import decode_tiling
+from .vae.vae import CausalVideoVAE
+from .vae.weights import load_pretrained_vae
 
 FPS = 24
 VAE_FOLDER = "causal_video_vae"

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidgen.checkpoint import write_state_dict
-from vidgen.text_encoders import read_model, read_tokenizer
+from vidgen.common.checkpoint import write_state_dict
+from vidgen.common.text_encoders import read_model, read_tokenizer
 
-from .config import FluxConfig, MMDiTConfig
+from .model.config import FluxConfig, MMDiTConfig
 
 TEXT_LENGTH = 128  # tokens of T5; longer prompts are cut
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from vidgen.arguments import whole
-from vidgen.checkpoint import read_folder
-from vidgen.train import Run
-from vidgen.trainer import Recipe
+from vidgen.common.arguments import whole
+from vidgen.common.checkpoint import read_folder
+from vidgen.common.options import TrainRun
+from vidgen.common.trainer import Recipe
 
-from .example import example_model
-from .objective import PyramidFlowObjective
-from .random_weights import SMALL
-from .training import TrainingConfig
-from .weights import load_transformer
+from .checks.example import example_model
+from .checks.random_weights import SMALL
+from .model.weights import load_transformer
+from .training.loss import TrainingConfig
+from .training.objective import PyramidFlowObjective
 
 SUMMARY = "Pyramid Flow, text to image or video"
 RECIPE = Recipe(  # as released
@@ -59,7 +59,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def load(args: argparse.Namespace, run: Run) -> PyramidFlowObjective:
+def load(args: argparse.Namespace, run: TrainRun) -> PyramidFlowObjective:
     """Errors: `load_transformer`, and numbers out of range."""
     ratios = tuple(args.ratios)
     if not any(ratios):

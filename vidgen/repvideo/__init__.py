@@ -2,16 +2,18 @@
 
 Read in this order:
 
-    config        sizes, by the names of config.json
-    positions     sine-cosine table, coordinates for rotation
-    layers        the residual stream, attention, norms, blocks
-    transformer   the model, with or without the feature cache
-    training      the objective; objective gives it batches of the command train
-    schedules     noise levels of both samplers' families
-    sampling      guidance and the loop
-    text, vae     prompts to features, latents to frames
-    pipeline      all of it: text to video
-    keys          names of both checkpoint layouts; weights and convert use them
-    analysis      what the layers do; analyze draws it
-    golden*       recorded numbers of the official code, recomputed
+    model/      the network
+        config        sizes, by the names of config.json
+        positions     sine-cosine table, coordinates for rotation
+        layers        the residual stream, attention, norms, blocks
+        transformer   the network, with or without the feature cache
+        keys          names of both checkpoint layouts; weights reads them
+    sampling/   schedules (noise levels of both families of samplers), sampler (guidance, the loop)
+    training/   the objective (loss), and the batches that `vidgen train` gives it (objective)
+    vae/        latents to frames: diffusers' own
+    text        prompts to features; files of features
+    pipeline    all of it: text to video
+    generate, train, convert   the commands
+    analysis/   what the layers do (observe), drawn by `vidgen analyze` (analyze)
+    checks/     golden cases, example inputs and weights; not needed to understand the model
 """

@@ -17,11 +17,11 @@ from pickle import UnpicklingError
 
 import torch
 
-from vidgen.checkpoint import FILES, check_new, read_config, write_state_dict
+from vidgen.common.checkpoint import FILES, check_new, read_config, write_state_dict
 
-from .keys import SAT_PREFIX, to_sat
-from .transformer import CogVideoXTransformer
-from .weights import SAT_FILE, is_sat_folder, load_transformer, read_pretrained
+from .model.keys import SAT_PREFIX, to_sat
+from .model.transformer import CogVideoXTransformer
+from .model.weights import SAT_FILE, is_sat_folder, load_transformer, read_pretrained
 
 WEIGHTS = FILES[0]
 ITERATION = "1"  # the folder of a SAT checkpoint that `latest` names

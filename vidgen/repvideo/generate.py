@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.arguments import MAX_STEPS, number, whole
-from vidgen.checkpoint import read_config
-from vidgen.generate import Run, Video, add_size_arguments
-from vidgen.media import to_uint8
+from vidgen.common.arguments import MAX_STEPS, number, whole
+from vidgen.common.checkpoint import read_config
+from vidgen.common.media import to_uint8
+from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
-from .config import CogVideoXConfig
+from .model.config import CogVideoXConfig
+from .model.transformer import CogVideoXTransformer
+from .model.weights import is_sat_folder, load_pretrained
 from .pipeline import RepVideoPipeline, Sampling, VideoSize
-from .sampling import Guidance
-from .schedules import SAMPLERS, build_scheduler, diffusers_schedule, sat_schedule
+from .sampling.sampler import Guidance
+from .sampling.schedules import SAMPLERS, build_scheduler, diffusers_schedule, sat_schedule
 from .text import Prompts, load_text_encoder, read_features
-from .transformer import CogVideoXTransformer
-from .vae import load_pretrained_vae
-from .weights import is_sat_folder, load_pretrained
+from .vae.vae import load_pretrained_vae
 
 SUMMARY = "RepVideo or CogVideoX: text to video"
 FPS = 8.0
@@ -129,7 +129,7 @@ def count_frames(args: argparse.Namespace) -> int:
     return read_size(args).n_frames
 
 
-def generate(args: argparse.Namespace, run: Run) -> Video:
+def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
     """A video of one prompt; models are loaded in turn, each when it is needed."""
     transformer, prompts = load_models(args, run)
     sampling = read_sampling(args, transformer.config)
@@ -167,7 +167,7 @@ def _read_guidance(args: argparse.Namespace) -> Guidance:
     return Guidance(args.guidance_scale or 1.0, None)
 
 
-def load_models(args: argparse.Namespace, run: Run) -> tuple[CogVideoXTransformer, Prompts]:
+def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTransformer, Prompts]:
     """The transformer, and the features of the prompts for it.
 
     Sizes are checked before anything large is read, and T5 is gone before the transformer comes.
@@ -204,7 +204,7 @@ def _config_in(folder: Path) -> CogVideoXConfig:
     return CogVideoXConfig.from_dict(read_config(path if path.is_dir() else folder))
 
 
-def _encode(args: argparse.Namespace, run: Run) -> Prompts:
+def _encode(args: argparse.Namespace, run: GenerateRun) -> Prompts:
     assert run.checkpoint is not None and run.prompt is not None
     folder, tokenizer = args.text_encoder, None
     if folder is None and is_sat_folder(run.checkpoint):
@@ -250,7 +250,7 @@ def _is_pipeline(args: argparse.Namespace) -> bool:
     return args.checkpoint is not None and not is_sat_folder(args.checkpoint)
 
 
-def find_vae(args: argparse.Namespace, run: Run, config: CogVideoXConfig) -> Any:
+def find_vae(args: argparse.Namespace, run: GenerateRun, config: CogVideoXConfig) -> Any:
     """The VAE for a transformer; a file of SAT does not tell the scale of its latents."""
     if run.checkpoint is None:
         from diffusers import AutoencoderKLCogVideoX

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidgen.progress import SILENT, Progress
+from vidgen.common.progress import SILENT, Progress
 
-from .config import CogVideoXConfig
-from .sampling import Guidance, draw_normal, sample
-from .schedules import Step
+from .model.config import CogVideoXConfig
+from .model.transformer import CogVideoXTransformer
+from .sampling.sampler import Guidance, draw_normal, sample
+from .sampling.schedules import Step
 from .text import Prompts
-from .transformer import CogVideoXTransformer
-from .vae import SPATIAL_FACTOR, decode
+from .vae.vae import SPATIAL_FACTOR, decode
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidgen.checkpoint import write_state_dict
-from vidgen.text_encoders import read_model, read_tokenizer
+from vidgen.common.checkpoint import write_state_dict
+from vidgen.common.text_encoders import read_model, read_tokenizer
 
 KEYS = "prompt_embeds", "negative_prompt_embeds"
 

@@ -6,13 +6,13 @@ import argparse
 
 import torch
 
-from vidgen.train import Run
-from vidgen.trainer import Recipe
+from vidgen.common.options import TrainRun
+from vidgen.common.trainer import Recipe
 
 from .generate import RANDOM
-from .objective import RepVideoObjective
-from .transformer import CogVideoXTransformer
-from .weights import load_pretrained
+from .model.transformer import CogVideoXTransformer
+from .model.weights import load_pretrained
+from .training.objective import RepVideoObjective
 
 SUMMARY = "RepVideo or CogVideoX, text to video"
 
@@ -33,7 +33,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def load(args: argparse.Namespace, run: Run) -> RepVideoObjective:
+def load(args: argparse.Namespace, run: TrainRun) -> RepVideoObjective:
     """Errors: `load_pretrained`, `RepVideoObjective`."""
     if run.checkpoint is None:
         with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,1 @@
+"""`vidgen generate`, `train` and `verify`: what they do whichever model is named."""

@@ -1,0 +1,53 @@
+"""`vidgen generate`: a video or an image from a prompt, by one of the reference models.
+
+Every model has the same common options and adds its own in ``vidgen/<model>/generate.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from vidgen.common.media import check_output, write_frames
+from vidgen.common.options import add_common_arguments, read_common
+from vidgen.common.progress import Bars
+
+MODELS = {
+    "pyramid-flow": "vidgen.pyramid_flow.generate",
+    "repvideo": "vidgen.repvideo.generate",
+    "nova": "vidgen.nova.generate",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models = parser.add_subparsers(dest="model", required=True, metavar="MODEL")
+    for name, path in MODELS.items():
+        model = importlib.import_module(path)
+        own = models.add_parser(name, help=model.SUMMARY, description=model.SUMMARY)
+        add_common_arguments(own)
+        own.add_argument(
+            "--output",
+            type=Path,
+            metavar="FILE",
+            required=True,
+            help="a new .mp4, or .png of one frame",
+        )
+        model.add_arguments(own.add_argument_group(name))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the video; 0 when it is there, 1 where the request cannot be met."""
+    try:
+        model = importlib.import_module(MODELS[args.model])
+        check_output(args.output, model.count_frames(args))
+        with Bars() as progress:
+            video = model.generate(args, read_common(args, progress))
+        write_frames(args.output, video.frames, video.fps)
+    except (OSError, ValueError) as problem:
+        sys.stderr.write(f"vidgen generate: {problem}\n")
+        return 1
+    n_frames, height, width, _ = video.frames.shape
+    sys.stdout.write(f"{args.output}: {n_frames} frames of {height} x {width}\n")
+    return 0

@@ -1,0 +1,1 @@
+"""What the models and commands share: files, arguments, progress, training loop, small blocks."""

@@ -1,0 +1,118 @@
+"""What a model is trained on: a folder of safetensors files, one video or image in each.
+
+A file holds ``latents`` of the VAE, as the model is given them (normalised), and the text features
+of one prompt by the names of the files that `vidgen generate --embeddings` reads; both are made
+beforehand, and `checkpoint.write_state_dict` writes such files. Which tensors a model wants is said
+in ``vidgen/<model>/training/objective.py``.
+
+The order depends on the seed alone: the sample at a position of the run, counted over all steps and
+processes, is the same however many processes there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .progress import SILENT, Bars, Silent
+
+Sample = dict[str, Tensor]
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed made of several: nearby ones give unlike random numbers. 32 bits, all a CPU reads."""
+    text = " ".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+class Samples:
+    """The samples of a folder, in an order that is another in every epoch.
+
+    Args:
+        read: what a model makes of the tensors of a file; ValueError where they do not fit. It is
+            also called with tensors on the meta device, so that no file is found wrong late.
+        same: names of a sample's tensors whose shape has to be that of the first file.
+
+    Raises:
+        ValueError: no folder, no files, files that do not fit, with their names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        read: Callable[[Sample], Sample],
+        *,
+        same: Sequence[str] = (),
+        seed: int = 0,
+        progress: Bars | Silent = SILENT,
+    ) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"data: expected a folder, {folder} is none")
+        self.paths = sorted(folder.glob("*.safetensors"))
+        if not self.paths:
+            raise ValueError(f"data: expected *.safetensors in {folder}, found none")
+        self._read, self.seed = read, seed
+        self._epoch, self._order = -1, torch.empty(0)
+        self._check(progress.track(self.paths, "samples"), same)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def at(self, position: int) -> Sample:
+        """The sample at a position of the run, on the CPU."""
+        epoch, i = divmod(position, len(self))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self), generator=generator)
+        return self._load(self.paths[int(self._order[i])])
+
+    def _load(self, path: Path, *, only_shapes: bool = False) -> Sample:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                keys = file.keys()
+                if only_shapes:
+                    shapes = {key: file.get_slice(key).get_shape() for key in keys}
+                    tensors = {key: torch.empty(x, device="meta") for key, x in shapes.items()}
+                else:
+                    tensors = {key: file.get_tensor(key) for key in keys}
+            return self._read(tensors)
+        except (SafetensorError, ValueError) as problem:
+            raise ValueError(f"{path}: {problem}") from problem
+
+    def _check(self, paths: Iterable[Path], same: Sequence[str]) -> None:
+        first: Sample | None = None
+        for path in paths:
+            sample = self._load(path, only_shapes=True)
+            first = sample if first is None else first
+            for name in same:
+                expected, shape = list(first[name].shape), list(sample[name].shape)
+                if shape != expected:
+                    raise ValueError(
+                        f"{path}: {name}: expected shape {expected} as in {self.paths[0].name}, "
+                        f"got {shape}"
+                    )
+
+
+def take_latents(tensors: Sample, expected: Sequence[int | None]) -> tuple[Tensor, Sample]:
+    """``latents`` and the other tensors of a file; None in ``expected`` is any size.
+
+    Raises:
+        ValueError: no latents, another shape.
+    """
+    others = dict(tensors)
+    latents = others.pop("latents", None)
+    if latents is None:
+        raise ValueError(f"latents: expected a tensor, got {', '.join(sorted(others)) or 'none'}")
+    fits = latents.ndim == len(expected) and all(
+        b in (None, a) for a, b in zip(latents.shape, expected, strict=True)
+    )
+    if not fits or not latents.numel():
+        shape = ", ".join("any" if n is None else str(n) for n in expected)
+        raise ValueError(f"latents: expected shape [{shape}], got {list(latents.shape)}")
+    return latents, others

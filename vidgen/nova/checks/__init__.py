@@ -1,0 +1,1 @@
+"""What `vidgen verify`, benchmarks and tests use: golden cases, example inputs and weights."""

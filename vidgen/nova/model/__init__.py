@@ -1,0 +1,1 @@
+"""The network: sizes, positions, layers, transformer, checkpoints."""

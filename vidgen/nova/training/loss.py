@@ -1,0 +1,293 @@
+"""NOVA's training objective: every masked token of every frame, by a diffusion loss of its own.
+
+One pass of the video encoder over the clip gives each frame its condition, one pass of the image
+encoder over all frames, each with most of its tokens masked, gives each token z, and the denoising
+MLP is asked, R times with other noise, what was mixed into it:
+
+    flow matching   x_t = sigma noise + (1 - sigma) x,   target noise - x,   sigma = sigmoid(normal)
+    DDPM            x_t = sqrt(a_t) x + sqrt(1 - a_t) noise,   target noise,   t uniform
+
+    loss = sum over masked tokens of the mean square error / (their number + 1e-5)
+
+Of a clip the first frame (text to image) and the later ones (image to video) are terms of their
+own, scaled as if each were all frames.
+
+Shapes: B clips of T frames, frame t of clip b is row ``b * T + t``; N tokens of a frame; latents
+[B, C, T, h, w], scaled as the VAE says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import set_causal
+from ..model.config import NovaConfig
+from ..model.embeddings import N_CLASSES, patchify, unpatchify
+from ..model.transformer import NovaTransformer
+from ..model.video_encoder import block_causal_mask
+from ..model.vit import take
+from ..sampling.schedules import DDPM, MaskRatio, Schedule
+
+REPEATS = 4  # of the diffusion loss on one z
+CONDITION_DROPOUT = 0.1  # share of samples that are trained without text or class
+
+
+class TrainingDraws(NamedTuple):
+    """All random numbers of a step.
+
+    ``order`` says, first to last, which tokens are there already and which are asked for: of the
+    first ``n_visible`` nothing is asked. With ``spatial_attention="set_causal"`` the order is that
+    of the sets, all tokens are asked for and ``n_visible`` is 0.
+    """
+
+    order: Tensor  # int64 [B * T, N]
+    n_visible: int
+    noise: Tensor  # [R * B * T, N, p * p * C], the repeats one after another
+    index: Tensor  # int64 [R * B * T, N], the place of the token's noise level in the schedule
+
+
+class Losses(NamedTuple):
+    """Terms to be added; a model of images has one."""
+
+    terms: dict[str, Tensor]
+    predictions: Tensor  # of the tokens asked for, [R * B * T, n, p * p * C], by `targets_of`
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack([*self.terms.values()]).sum()
+
+
+def draw(
+    latents: Tensor,
+    model: NovaTransformer,
+    schedule: Schedule,
+    seed: int | torch.Generator,
+    *,
+    ratio: MaskRatio | None = None,
+    repeats: int = REPEATS,
+) -> TrainingDraws:
+    """The random numbers of a step, from a seed or a generator on the latents' device.
+
+    Args:
+        ratio: how much of the frames is masked, the same share of all.
+    """
+    if isinstance(seed, int):
+        seed = torch.Generator(latents.device).manual_seed(seed)
+    config, device = model.config, latents.device
+    n_rows, n_tokens = latents.shape[0] * latents.shape[2], config.n_tokens
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=seed, device=device)
+
+    order = uniform(n_rows, n_tokens).argsort(dim=1)
+    n_visible = 0
+    if config.spatial_attention == "masked":
+        share = (ratio or MaskRatio()).quantile(uniform(1)).item()
+        n_visible = round((1 - share) * n_tokens)
+    shape = repeats * n_rows, n_tokens
+    noise = torch.randn(
+        *shape, config.token_dim, generator=seed, device=device, dtype=latents.dtype
+    )
+    if isinstance(schedule, DDPM):
+        level = uniform(*shape)
+    else:  # most noise levels in the middle
+        level = torch.randn(shape, generator=seed, device=device).sigmoid()
+    n_levels = schedule.num_train_timesteps
+    index = (level * n_levels).long().clamp(max=n_levels - 1)
+    return TrainingDraws(order, n_visible, noise, index)
+
+
+def training_step(
+    model: NovaTransformer,
+    latents: Tensor,
+    condition: Tensor,
+    draws: TrainingDraws,
+    schedule: Schedule,
+    *,
+    set_sizes: Sequence[int] = (),
+    official_order: bool = False,
+) -> Losses:
+    """The losses of a batch of clips; T = 1 trains on images.
+
+    Args:
+        condition: `NovaTransformer.condition`'s, ``[B, Lc, D]``.
+        set_sizes: of a frame's sets, with ``spatial_attention="set_causal"``.
+        official_order: denoise all tokens as the released code does, with nothing hoisted, and
+            give those that are not asked for no weight. The same losses.
+    """
+    _check(model.config, latents, condition, draws)
+    conditions = frame_conditions(model, latents, condition).flatten(0, 1)
+    frames = latents.transpose(1, 2).flatten(0, 1)
+    z = spatial_features(model, frames, conditions, draws, set_sizes)
+    n_frames = latents.shape[2]
+    return diffusion_losses(
+        model, z, frames, n_frames, draws, schedule, official_order=official_order
+    )
+
+
+def frame_conditions(model: NovaTransformer, latents: Tensor, condition: Tensor) -> Tensor:
+    """What each frame is made from, ``[B, T, Nv, D]``, from the condition and frames before it."""
+    n_rows, _, n_frames, *_ = latents.shape
+    slots = model.video_slots(latents[:, :, :-1], n_frames, 0, n_rows)
+    mask = block_causal_mask(condition.shape[1], slots.shape[2], n_frames, latents.device)
+    features = model.video_encoder(
+        slots.flatten(1, 2),
+        condition,
+        mask=mask,
+        positions=model.video_positions(range(n_frames)),
+    )
+    return model.video_encoder.frame_conditions(features.unflatten(1, (n_frames, -1)))
+
+
+def spatial_features(
+    model: NovaTransformer,
+    frames: Tensor,
+    conditions: Tensor,
+    draws: TrainingDraws,
+    set_sizes: Sequence[int] = (),
+) -> Tensor:
+    """z of all tokens ``[B * T, N, D]``; frames ``[B * T, C, h, w]``, conditions by the frame."""
+    encoder = model.image_encoder
+    tokens = encoder.patch_embed(frames)
+    if model.config.spatial_attention == "set_causal":
+        masked = model.mask_embed.mask_token.expand(1, tokens.shape[1], -1)
+        content, queries = encoder.place(tokens), encoder.place(masked)
+        return set_causal.predict_all(encoder, content, queries, conditions, draws.order, set_sizes)
+    ids = draws.order[:, : draws.n_visible]
+    return encoder(model.mask_embed(tokens, is_visible(draws)), conditions, ids)
+
+
+def is_visible(draws: TrainingDraws) -> Tensor:
+    """Bool ``[B * T, N]``."""
+    visible = torch.zeros_like(draws.order, dtype=torch.bool)
+    return visible.scatter(1, draws.order[:, : draws.n_visible], True)
+
+
+def diffusion_losses(
+    model: NovaTransformer,
+    z: Tensor,
+    frames: Tensor,
+    n_frames: int,
+    draws: TrainingDraws,
+    schedule: Schedule,
+    *,
+    official_order: bool = False,
+) -> Losses:
+    """The losses, by the features z ``[B * T, N, D]`` of the tokens of ``frames``."""
+    tokens = patchify(frames, model.config.patch)
+    repeats = len(draws.noise) // len(tokens)
+    if official_order:
+        noised, timestep, target = noising(tokens.repeat(repeats, 1, 1), draws, schedule)
+        latents = unpatchify(noised, model.config.patch, model.config.image_grid)
+        z = z.repeat(repeats, 1, 1)
+        predictions = model.image_decoder.forward_latents(latents, timestep, z)
+        weight = (~is_visible(draws)).repeat(repeats, 1)
+    else:
+        asked = draws.order[:, draws.n_visible :].sort(dim=1).values
+        rows = asked.repeat(repeats, 1)
+        some = draws._replace(noise=take(draws.noise, rows), index=draws.index.gather(1, rows))
+        noised, timestep, target = noising(
+            take(tokens, asked).repeat(repeats, 1, 1), some, schedule
+        )
+        c = model.image_decoder.embed_condition(take(z, asked)).repeat(repeats, 1, 1)
+        c = c + _embed_times(model, some.index, schedule)
+        predictions = model.image_decoder(noised, c)
+        weight = torch.ones_like(rows, dtype=torch.bool)
+
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    error = (predictions.to(dtype) - target.to(dtype)).square().mean(dim=-1)
+    error = error * weight / (weight.sum() + 1e-5)
+    terms = {"loss": error.sum()}
+    if n_frames > 1:
+        by_frame = error.unflatten(0, (-1, n_frames)).sum(dim=(0, 2))
+        terms = {
+            "loss_t2i": n_frames * by_frame[0],
+            "loss_i2i": n_frames / (n_frames - 1) * by_frame[1:].sum(),
+        }
+    return Losses(terms, predictions)
+
+
+def noising(
+    tokens: Tensor, draws: TrainingDraws, schedule: Schedule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised tokens, their timesteps ``[rows, n]``, and what the MLP should say of each."""
+    noise = draws.noise
+    timesteps, signal, amount = (x[draws.index] for x in _levels(schedule, tokens))
+    noised = amount[..., None] * noise + signal[..., None] * tokens
+    target = noise if isinstance(schedule, DDPM) else noise - tokens
+    return noised, timesteps, target
+
+
+def _levels(schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Timestep, and amounts of signal and noise, of every place in the schedule."""
+    n = schedule.num_train_timesteps
+    if isinstance(schedule, DDPM):
+        if schedule.prediction_type != "epsilon":
+            expected = f"prediction_type: expected 'epsilon', got {schedule.prediction_type!r}"
+            raise ValueError(f"{expected}, which sampling alone is built for")
+        alpha = schedule.alphas_cumprod.to(like)
+        return torch.arange(n, device=like.device).float(), alpha.sqrt(), (1 - alpha).sqrt()
+    sigma = schedule.training_sigmas().to(like.device)
+    return sigma * n, (1 - sigma).to(like), sigma.to(like)
+
+
+def _embed_times(model: NovaTransformer, index: Tensor, schedule: Schedule) -> Tensor:
+    """``[rows, n, M]``: of every place in the schedule once where that is less."""
+    timesteps = _levels(schedule, model.image_decoder.head.weight)[0]
+    if index.numel() <= len(timesteps):
+        return model.image_decoder.embed_time(timesteps[index])
+    return F.embedding(index, model.image_decoder.embed_time(timesteps))
+
+
+def drop_texts(texts: Sequence[Tensor], drop: Tensor) -> list[Tensor]:
+    """Features ``[n, text_token_dim]`` of each text, of an empty one where ``drop`` (bool [B]).
+
+    Which is the table of `TextEmbed` alone. The released models dropped `CONDITION_DROPOUT`.
+    """
+    return [x[:0] if d else x for x, d in zip(texts, drop.tolist(), strict=True)]
+
+
+def drop_labels(labels: Tensor, drop: Tensor) -> Tensor:
+    """``labels`` [B], no class where ``drop`` (bool [B])."""
+    return labels.masked_fill(drop, N_CLASSES)
+
+
+def freeze(model: NovaTransformer) -> list[str]:
+    """Switches gradients off where the released models were not trained; the parameters' names.
+
+    The norm of the text and motion; for images also what embeds the latents and times of a video.
+    """
+    frozen: list[tuple[str, nn.Module | None]] = [("motion_embed", model.motion_embed)]
+    if model.text_embed is not None:
+        frozen.append(("text_embed.norm", model.text_embed.norm))
+    if not model.config.has_motion:
+        frozen.append(("video_pos_embed", model.video_pos_embed))
+        frozen.append(("video_encoder.patch_embed", model.video_encoder.patch_embed))
+    names = []
+    for prefix, module in frozen:
+        for name, parameter in [] if module is None else module.named_parameters():
+            parameter.requires_grad_(False)
+            names.append(f"{prefix}.{name}")
+    return names
+
+
+def _check(config: NovaConfig, latents: Tensor, condition: Tensor, draws: TrainingDraws) -> None:
+    size = config.latent_size
+    if latents.ndim != 5 or latents.shape[1] != config.image_dim or latents.shape[3:] != size:
+        expected = f"[B, {config.image_dim}, T, {size[0]}, {size[1]}]"
+        raise ValueError(f"latents: expected shape {expected}, got {list(latents.shape)}")
+    n_rows, _, n_frames, *_ = latents.shape
+    shape = n_rows, config.width
+    if condition.ndim != 3 or (condition.shape[0], condition.shape[2]) != shape:
+        expected = f"[{n_rows}, Lc, {config.width}]"
+        raise ValueError(f"condition: expected shape {expected}, got {list(condition.shape)}")
+    shape = n_rows * n_frames, config.n_tokens
+    if draws.order.shape != shape:
+        raise ValueError(
+            f"draws.order: expected shape {list(shape)}, got {list(draws.order.shape)}"
+        )

@@ -1,0 +1,270 @@
+"""Steps of training and sampling, and whole videos, on random numbers at released sizes: for
+benchmarks, profiles and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidgen.common.random_weights import draw_weights
+from vidgen.ops import Ops
+
+from ..model.config import FluxConfig, MMDiTConfig
+from ..model.flux import PyramidFluxTransformer
+from ..model.history import HistoryClip, history_layout, training_units, unit_frames
+from ..model.kv_cache import OFF, CachePolicy, StageCache
+from ..model.mmdit import PyramidDiffusionMMDiT
+from ..model.positions import Column
+from ..model.sequence import Packing, grids_of
+from ..model.transformer import PyramidTransformer
+from ..sampling.config import SamplingConfig
+from ..sampling.noise import DrawnNoise
+from ..sampling.sampler import sample
+from ..sampling.scheduler import PyramidFlowScheduler
+from ..text import TEXT_LENGTH, Prompts, TextFeatures
+from ..training.loss import (
+    ColumnDraws,
+    Conditions,
+    TrainingColumn,
+    TrainingConfig,
+    draw,
+    training_columns,
+    training_step,
+)
+
+LATENTS = {"192p": (24, 40), "384p": (48, 80), "768p": (96, 160), "toy": (8, 16)}  # height, width
+
+
+def example_config(
+    model: str, n_heads: int | None = None, n_layers: int | None = None
+) -> FluxConfig | MMDiTConfig:
+    """The released ``flux`` or ``mmdit``, or one with fewer heads (of 64) and layers of a kind."""
+    if model not in ("flux", "mmdit"):
+        raise ValueError(f"model: expected flux or mmdit, got {model!r}")
+    config = FluxConfig() if model == "flux" else MMDiTConfig()
+    if n_heads is not None:
+        config = replace(config, num_attention_heads=n_heads)
+    if n_layers is not None:
+        config = replace(config, num_layers=n_layers)
+        if isinstance(config, FluxConfig):
+            config = replace(config, num_single_layers=n_layers)
+    return config
+
+
+def example_model(
+    config: FluxConfig | MMDiTConfig,
+    ops: Ops,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PyramidTransformer:
+    """Random weights everywhere, also where a fresh model has zeros: nothing is trivially 0."""
+    build = PyramidFluxTransformer if isinstance(config, FluxConfig) else PyramidDiffusionMMDiT
+    with torch.device(device):
+        model = build(config, ops).to(dtype)  # type: ignore[arg-type]
+    draw_weights(model, seed)
+    return model
+
+
+class TrainingExample(NamedTuple):
+    """What one step of training as released needs, ratios 1, 2, 1."""
+
+    latents: Tensor
+    draws: list[ColumnDraws]
+    units: list[int]
+    conditions: Conditions
+
+    def columns(self, ops: Ops) -> list[TrainingColumn]:
+        training, scheduler = TrainingConfig(), PyramidFlowScheduler()
+        return training_columns(self.latents, self.draws, training, scheduler, self.units, ops)
+
+    def __call__(self, model: PyramidTransformer) -> Tensor:
+        """The loss."""
+        return training_step(model, self.columns(model.ops), self.conditions).loss
+
+
+class SamplingExample(NamedTuple):
+    """What one evaluation of a model needs while it makes a frame."""
+
+    clips: list[Tensor]
+    timestep: Tensor
+    conditions: Conditions
+    packing: Packing  # as a sampler does, built once for many evaluations
+
+    def __call__(self, model: PyramidTransformer) -> Tensor:
+        """The velocity ``[B, C, 1, h, w]``."""
+        arguments = ([self.clips], self.timestep, *self.conditions)
+        (velocity,) = model(*arguments, packing=self.packing)
+        return velocity
+
+    def as_sampled(
+        self, model: PyramidTransformer, past_frames: int = 0
+    ) -> Callable[[PyramidTransformer], Tensor]:
+        """The same call in the way of `sampling.sampler`, whose preparations are made here.
+
+        Text is embedded, the last block runs on the tokens alone that are being made, and keys and
+        values of the ``past_frames`` oldest frames, all of the first clip, are in a cache.
+        """
+        features, text_mask, pooled = self.conditions
+        text, config = model.embed_text(features, pooled), model.config
+        old, rest = self.clips[0][:, :, :past_frames], self.clips[0][:, :, past_frames:]
+        (column,) = grids_of([self.clips], config.latent_channels)
+
+        def call(
+            model: PyramidTransformer,
+            clips: list[Tensor],
+            packing: Packing,
+            cache: StageCache | None,
+        ) -> Tensor:
+            caches = None if cache is None else cache.blocks(0)
+            (velocity,) = model([clips], self.timestep, text, packing=packing, caches=caches)
+            return velocity
+
+        def pack_call(column: Column, past_frames: int) -> Packing:
+            return model.pack_call(
+                column, features, text_mask, past_frames=past_frames, only_current=True
+            )
+
+        packing, clips, cache = pack_call(column, past_frames), self.clips, None
+        if past_frames:
+            _, rows, cols = column[0]
+            n_past = features.shape[1] + past_frames * rows * cols
+            size = 2, model.n_blocks, len(features), config.num_attention_heads, n_past
+            entry = features.new_zeros(*size, config.attention_head_dim)
+            before = (past_frames, rows, cols), column[-1]
+            filled = StageCache([entry], 0, n_past, 0)
+            call(model, [old, self.clips[-1]], pack_call(before, 0), filled)
+            cache = StageCache([entry], n_past, 0, past_frames)
+            clips = [*([rest] if rest.shape[2] else []), *self.clips[1:]]
+        return lambda model: call(model, clips, packing, cache)
+
+
+class VideoExample(NamedTuple):
+    """What a whole video is sampled from; every stage of every unit has one step."""
+
+    text: Prompts
+    size: tuple[int, int]
+    n_units: int
+
+    def __call__(self, model: PyramidTransformer, *, cached: bool = False) -> Tensor:
+        """The latents ``[1, C, T, h, w]``."""
+        device = next(model.parameters()).device
+        noise = DrawnNoise(torch.Generator(device).manual_seed(0))
+        steps = (1,) * TrainingConfig().n_stages
+        config = SamplingConfig(
+            self.size,
+            self.n_units,
+            first_steps=steps,
+            steps=steps,
+            cache=CachePolicy() if cached else OFF,
+        )
+        return sample(model, self.text, config, noise=noise)
+
+
+def training_example(
+    model: PyramidTransformer,
+    *,
+    size: str = "384p",
+    n_frames: int = 16,
+    rows: int = 1,
+    step: int = 1,
+    rank: int = 0,
+    seed: int = 0,
+) -> TrainingExample:
+    """In the model's dtype and on its device."""
+    config, normal = model.config, _Normal.like(model, seed)
+    training = TrainingConfig()
+    n_samples = rows * len(training.stages)
+    latents = normal(n_samples, config.latent_channels, n_frames, *LATENTS[size])
+    conditions = _conditions(config, n_samples, normal)
+    units = training_units(
+        training.n_stages, n_frames, step=step, rank=rank, sync_group=min(8, n_frames)
+    )
+    draws = draw(latents, training, units, normal.generator)
+    return TrainingExample(latents, draws, units, conditions)
+
+
+def sampling_example(
+    model: PyramidTransformer,
+    *,
+    size: str = "384p",
+    unit: int = 15,
+    stage: int = 2,
+    rows: int = 2,
+    seed: int = 0,
+) -> SamplingExample:
+    """The clips before ``unit`` and its own at ``stage``; two rows are guidance's."""
+    config, normal = model.config, _Normal.like(model, seed)
+    clips = [*history_layout(unit, stage), HistoryClip(stage, unit_frames(unit))]
+    top = TrainingConfig().n_stages - 1
+    sizes = [[side // 2 ** (top - clip.level) for side in LATENTS[size]] for clip in clips]
+    latents = [
+        normal(rows, config.latent_channels, len(clip.frames), *sides)
+        for clip, sides in zip(clips, sizes, strict=True)
+    ]
+    conditions = _conditions(config, rows, normal)
+    timestep = torch.full_like(conditions.text[:, 0, 0], 500.0)
+    packing = model.pack([latents], conditions.text, conditions.text_mask)
+    return SamplingExample(latents, timestep, conditions, packing)
+
+
+def video_example(
+    model: PyramidTransformer, *, size: str = "384p", n_units: int = 16, seed: int = 0
+) -> VideoExample:
+    """A prompt and a negative one; a unit is a latent frame."""
+    negative, prompt = (
+        TextFeatures(*conditions)
+        for conditions in (
+            _conditions(model.config, 1, _Normal.like(model, seed + i)) for i in range(2)
+        )
+    )
+    return VideoExample(Prompts(prompt, negative), LATENTS[size], n_units)
+
+
+def example_step(model: PyramidTransformer, **example: Any) -> Callable[[], Tensor]:
+    """One step of training on a `training_example`: a call does forward and backward.
+
+    Gradients are left in the model, those of the call before are dropped; the loss is returned.
+    """
+    loss_of = training_example(model, **example)
+
+    def run() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = loss_of(model)
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """Normal tensors, one after another from one generator."""
+
+    generator: torch.Generator
+    dtype: torch.dtype
+
+    @classmethod
+    def like(cls, model: PyramidTransformer, seed: int) -> _Normal:
+        parameter = next(model.parameters())
+        return cls(torch.Generator(parameter.device).manual_seed(seed), parameter.dtype)
+
+    def __call__(self, *shape: int) -> Tensor:
+        device = self.generator.device
+        return torch.randn(shape, generator=self.generator, device=device, dtype=self.dtype)
+
+
+def _conditions(config: FluxConfig | MMDiTConfig, n_samples: int, normal: _Normal) -> Conditions:
+    """Text of several lengths."""
+    device = normal.generator.device
+    lengths = torch.arange(n_samples, device=device) * 37 % TEXT_LENGTH + 1
+    return Conditions(
+        normal(n_samples, TEXT_LENGTH, config.joint_attention_dim),
+        (torch.arange(TEXT_LENGTH, device=device) < lengths[:, None]).long(),
+        normal(n_samples, config.pooled_projection_dim),
+    )

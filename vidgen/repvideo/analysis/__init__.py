@@ -1,0 +1,1 @@
+"""What the layers do with the frames of a video: measured, and drawn."""

@@ -1,0 +1,96 @@
+"""What the layers do with the frames of a video, measured while latents are made.
+
+- Similarity: the cosine of a layer's output at the same place of adjacent frames, mean over places
+  and pairs of frames, the measure by which RepVideo is motivated (2501.08994, section 3).
+- Attention: how much of its attention a query gives to the text and to each frame, mean over heads
+  and over the queries of the text and of each frame. No map of all tokens is made: with
+  ``lse_g = log sum exp(s q k^T)`` over the keys of group g, which the attention operator returns,
+
+      mass_g = exp(lse_g - log sum_g exp(lse_g))
+
+Modules are watched by hooks, so that nothing changes and nothing is spent without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidgen.ops import Ops
+
+from ..model.layers import Attention, Stream
+from ..model.positions import grid_of
+from ..model.transformer import CogVideoXTransformer
+
+
+@dataclass
+class Observations:
+    """Fp32 on the CPU, a list of layers in a list of the model's calls, G = 1 + frames."""
+
+    timesteps: list[float] = field(default_factory=list)
+    similarity: list[list[Tensor]] = field(default_factory=list)  # []
+    attention: list[list[Tensor]] = field(default_factory=list)  # [G, G]: of queries, to keys
+    n_frames: int = 0  # of patches
+
+
+@contextmanager
+def observed(transformer: CogVideoXTransformer) -> Iterator[Observations]:
+    """What the transformer does with the last sample of its batches, the guided one, meanwhile."""
+    found = Observations()
+
+    def begin(module: Any, args: tuple, options: dict) -> None:
+        latents, _, timestep = args
+        found.n_frames = grid_of(transformer.config, latents)[0]
+        found.timesteps.append(float(timestep[-1]))
+        found.similarity.append([])
+        found.attention.append([])
+
+    def attend(module: Attention, args: tuple) -> None:
+        a, sequence, ops = args
+        q, k, v = module.heads(a[-1:], sequence, ops)
+        n_video = q.shape[2] - sequence.text_length
+        lengths = [sequence.text_length, *[n_video // found.n_frames] * found.n_frames]
+        found.attention[-1].append(attention_mass(q, k, v, lengths, ops)[0].cpu())
+
+    def compare(module: Any, args: tuple, output: Stream) -> None:
+        n_text = args[2].text_length
+        video = output.total(n_text)[-1:, n_text:]
+        found.similarity[-1].append(adjacent_similarity(video, found.n_frames)[0].cpu())
+
+    hooks = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
+    blocks: Any = transformer.transformer_blocks
+    for block in blocks:
+        hooks.append(block.attn1.register_forward_pre_hook(attend))
+        hooks.append(block.register_forward_hook(compare))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def attention_mass(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], ops: Ops) -> Tensor:
+    """``[B, G, G]``, rows of sum 1: the share of attention from group to group.
+
+    Args:
+        q, k, v: ``[B, H, N, D]``
+        lengths: tokens of the G groups, one after another.
+    """
+    groups = zip(k.split(list(lengths), dim=2), v.split(list(lengths), dim=2), strict=True)
+    lse = [ops.attention(q, *kv, return_lse=True)[1] for kv in groups]
+    mass = torch.stack(lse, dim=-1).softmax(dim=-1).mean(dim=1)  # [B, N, G]
+    return torch.stack([x.mean(dim=1) for x in mass.split(list(lengths), dim=1)], dim=1).float()
+
+
+@torch.no_grad()
+def adjacent_similarity(video: Tensor, n_frames: int) -> Tensor:
+    """``[B]`` from tokens ``[B, T H W, D]``, frame after frame; NaN of a single frame."""
+    frames = video.float().unflatten(1, (n_frames, -1))
+    return F.cosine_similarity(frames[:, 1:], frames[:, :-1], dim=-1).mean(dim=(1, 2))

@@ -1,0 +1,152 @@
+"""Sizes of the transformer, by the names of the config.json files of diffusers, and its releases.
+
+The defaults are CogVideoX-2B, which RepVideo is trained from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from vidgen.common.config_fields import check_fields
+
+# What the released code has one value for.
+LAYER_NORM_EPS = 1e-5
+QK_NORM_EPS = 1e-6
+OUT_NORM_EPS = 1e-6  # of the output head in the SAT code, CogVideoX's and RepVideo's
+DIFFUSERS_OUT_NORM_EPS = 1e-5
+ROPE_THETA = 10000.0
+
+# Options of a config.json that say how results are computed, and the one value that is built.
+FIXED: dict[str, Any] = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "dropout": 0.0,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "norm_elementwise_affine": True,
+    "norm_eps": LAYER_NORM_EPS,
+    "timestep_activation_fn": "silu",
+    "use_learned_positional_embeddings": False,
+}
+
+COUNTS = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "time_embed_dim",
+    "text_embed_dim",
+    "num_layers",
+    "sample_width",
+    "sample_height",
+    "sample_frames",
+    "patch_size",
+    "temporal_compression_ratio",
+    "max_text_seq_length",
+    "window",
+)
+
+
+@dataclass(frozen=True)
+class CogVideoXConfig:
+    """CogVideoX, with RepVideo's feature cache where it has gates."""
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    time_embed_dim: int = 512
+    ofs_embed_dim: int | None = None  # image-to-video models of 1.5: an offset beside the timestep
+    text_embed_dim: int = 4096
+    num_layers: int = 30
+    sample_width: int = 90  # latents; with the next two the size that it is trained for
+    sample_height: int = 60
+    sample_frames: int = 49  # of the video
+    patch_size: int = 2
+    patch_size_t: int | None = None  # latent frames of a patch, 1.5; None: one, and a convolution
+    temporal_compression_ratio: int = 4
+    max_text_seq_length: int = 226
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    use_rotary_positional_embeddings: bool = False
+    patch_bias: bool = True  # of the convolution
+    gates: bool = False  # RepVideo: a learnable gate for each layer
+    fixed_gate: float | None = None  # RepVideo's cache without parameters: one gate for all layers
+    window: int = 6  # layer outputs that the cache reads at most
+    out_norm_eps: float = OUT_NORM_EPS
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            x = getattr(self, name)
+            if not isinstance(x, int) or x < 1:
+                raise ValueError(f"{name}: expected a whole number above 0, got {x!r}")
+        check_fields(self)
+        name, size = "width, num_attention_heads * attention_head_dim", self.width
+        if self.use_rotary_positional_embeddings:
+            name, size = "attention_head_dim", self.attention_head_dim
+        if size % 16:
+            raise ValueError(f"{name}: expected a multiple of 16, got {size}")
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            raise ValueError(
+                f"ofs_embed_dim: expected time_embed_dim {self.time_embed_dim}, which it is added "
+                f"to, got {self.ofs_embed_dim}"
+            )
+        if self.gates and self.fixed_gate is not None:
+            raise ValueError(f"fixed_gate: expected None beside gates, got {self.fixed_gate}")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def sample_latent_frames(self) -> int:
+        return (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """How many columns of a head turn with time, row and column."""
+        if not self.use_rotary_positional_embeddings:
+            return ()
+        eighth = self.attention_head_dim // 8
+        return 2 * eighth, 3 * eighth, 3 * eighth
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> CogVideoXConfig:
+        """From the contents of a config.json; ValueError for an option that is not built.
+
+        Without ``out_norm_eps`` it is that of diffusers, whose files do not name it.
+        """
+        names = {field.name for field in fields(cls)}
+        unknown = config.keys() - names - FIXED.keys()
+        unknown = sorted(name for name in unknown if not name.startswith("_"))
+        if unknown:
+            raise ValueError(f"config: expected options of {cls.__name__}, got also {unknown}")
+        for name, expected in FIXED.items():
+            if config.get(name, expected) != expected:
+                raise ValueError(f"{name}: expected {expected!r}, got {config[name]!r}")
+        options = {name: x for name, x in config.items() if name in names}
+        return cls(**{"out_norm_eps": DIFFUSERS_OUT_NORM_EPS, **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads; diffusers reads it too, and ignores what is RepVideo's."""
+        return {"_class_name": "CogVideoXTransformer3DModel", **FIXED, **asdict(self)}
+
+
+PRESETS = {
+    "2b": CogVideoXConfig(),
+    "5b": CogVideoXConfig(
+        num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True
+    ),
+    "1.5-5b": CogVideoXConfig(
+        num_attention_heads=48,
+        num_layers=42,
+        sample_width=300,
+        sample_height=300,
+        sample_frames=81,
+        patch_size_t=2,
+        patch_bias=False,
+        use_rotary_positional_embeddings=True,
+    ),
+}

@@ -1,0 +1,172 @@
+"""Checkpoints of CogVideoX and RepVideo: nothing missing, nothing left over.
+
+Files of SwissArmyTransformer (SAT), which the released RepVideo is, and folders of diffusers are
+read into the same model; `keys` has the names.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidgen.common.checkpoint import load_exactly, read_folder, read_state_dict
+from vidgen.ops import EAGER, Ops
+
+from .config import OUT_NORM_EPS, CogVideoXConfig
+from .keys import GATES, SAT_GATES, SAT_PREFIX, SAT_TABLE, SAT_UNUSED, to_diffusers
+from .positions import sincos_table
+from .transformer import CogVideoXTransformer
+
+SAT_FILE = "mp_rank_00_model_states.pt"
+TABLE_ERROR = 1e-6  # of the released code's table, in fp32
+
+
+def load_transformer(
+    config: CogVideoXConfig, state: Mapping[str, Tensor], ops: Ops = EAGER
+) -> CogVideoXTransformer:
+    """The transformer with the weights of a checkpoint, in their dtype.
+
+    ``state`` has the names of SAT, with or without prefix, or those of diffusers. A SAT file of
+    training holds the VAE and the text encoder as well: they are left out.
+
+    Plain CogVideoX has no gates. Where ``config.gates`` asks for them they are set to 0, which
+    changes nothing, with a warning.
+
+    Raises:
+        ValueError: keys missing or left over, other shapes, a table of positions other than that
+            of the sizes in ``config``.
+    """
+    state = {k: x for k, x in transformer_weights(state).items() if k not in SAT_UNUSED}
+    if (table := state.pop(SAT_TABLE, None)) is not None:
+        _check_table(config, table)
+    state = to_diffusers(state)
+    if config.gates and GATES not in state:
+        warnings.warn(
+            f"the checkpoint has no {GATES}: plain CogVideoX, all gates are set to 0", stacklevel=2
+        )
+        like = next(iter(state.values()))
+        state[GATES] = like.new_zeros(config.num_layers)
+    with torch.device("meta"):
+        model = CogVideoXTransformer(config, ops)
+    load_exactly(model, state)
+    return model
+
+
+def load_pretrained(folder: str | Path, ops: Ops = EAGER, **options: Any) -> CogVideoXTransformer:
+    """The transformer in a folder of diffusers or of SAT, or in the ``transformer`` of a pipeline.
+
+    Args:
+        options: replace those of config.json, or in a SAT folder, which has none, those that
+            `config_of` finds: the sizes of the videos above all.
+    """
+    config, state = read_pretrained(folder, **options)
+    return load_transformer(config, state, ops)
+
+
+def read_pretrained(
+    folder: str | Path, **options: Any
+) -> tuple[CogVideoXConfig, dict[str, Tensor]]:
+    """Config and state dict of a folder; arguments as those of `load_pretrained`."""
+    folder = Path(folder)
+    if is_sat_folder(folder):
+        state = read_sat(folder)
+        return config_of(state, **options), state
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    config, state = read_folder(folder)
+    return CogVideoXConfig.from_dict({"gates": GATES in state, **config, **options}), state
+
+
+def is_sat_folder(folder: str | Path) -> bool:
+    return (Path(folder) / "latest").exists()
+
+
+def read_sat(folder: str | Path) -> dict[str, Tensor]:
+    """The transformer's weights in a SAT folder, by their names there, without prefix.
+
+    ``latest`` names a folder with the file of weights.
+
+    Raises:
+        ValueError: no such files.
+    """
+    folder = Path(folder)
+    if not is_sat_folder(folder):
+        raise ValueError(f"folder: expected a file named latest in {folder}, found none")
+    path = folder / (folder / "latest").read_text().strip() / SAT_FILE
+    if not path.exists():
+        raise ValueError(f"folder: expected {path}, which {folder / 'latest'} names, found none")
+    return transformer_weights(read_state_dict(path, within="module"))
+
+
+def transformer_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without prefix and, where keys have one, without other models."""
+    own = [key for key in state if key.startswith(SAT_PREFIX)]
+    return {key.removeprefix(SAT_PREFIX): state[key] for key in own or state}
+
+
+def config_of(state: Mapping[str, Tensor], **options: Any) -> CogVideoXConfig:
+    """The config of a SAT state dict: what the shapes say, the rest as in CogVideoX-2B.
+
+    Args:
+        options: replace what is found. Weights do not tell the sizes of the videos.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise ValueError(f"checkpoint: expected {name}, found none; is it of SAT?")
+        return state[name].shape
+
+    patch = shape("mixins.patch_embed.proj.weight")
+    head_dim = shape("mixins.adaln_layer.query_layernorm_list.0.weight")[0]
+    n_time, width = shape("time_embed.0.weight")
+    n_patch = CogVideoXConfig.patch_size**2
+    found: dict[str, Any] = {
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "time_embed_dim": n_time,
+        "text_embed_dim": shape("mixins.patch_embed.text_proj.weight")[1],
+        "num_layers": len([key for key in state if key.endswith(".input_layernorm.weight")]),
+        "patch_bias": "mixins.patch_embed.proj.bias" in state,
+        "use_rotary_positional_embeddings": any(key in state for key in SAT_UNUSED),
+        "gates": SAT_GATES in state,
+        "out_norm_eps": OUT_NORM_EPS,
+    }
+    if "ofs_embed.0.weight" in state:
+        found["ofs_embed_dim"] = shape("ofs_embed.0.weight")[1]
+    if len(patch) == 2:  # 1.5: two frames in a patch, and no convolution
+        n_patch *= 2
+        found |= {"patch_size_t": 2, "patch_bias": False, "use_rotary_positional_embeddings": True}
+        found["in_channels"] = patch[1] // n_patch
+    else:
+        found["in_channels"] = patch[1]
+    found["out_channels"] = shape("mixins.final_layer.linear.weight")[0] // n_patch
+    return CogVideoXConfig(**{**found, **options})
+
+
+def _check_table(config: CogVideoXConfig, table: Tensor) -> None:
+    """ValueError unless SAT's table of positions ``[1, S + T H W, D]`` is the one we compute."""
+    patch, patch_t = config.patch_size, config.patch_size_t or 1
+    grid = (
+        config.sample_latent_frames // patch_t,
+        config.sample_height // patch,
+        config.sample_width // patch,
+    )
+    expected = sincos_table(config, grid, table.device)
+    expected = F.pad(expected, (0, 0, config.max_text_seq_length, 0))[None]
+    if table.shape != expected.shape:
+        raise ValueError(
+            f"{SAT_TABLE}: expected shape {list(expected.shape)} of the sizes in the config, "
+            f"got {list(table.shape)}"
+        )
+    error = (table.float() - expected).abs().max().item()
+    if not error <= max(torch.finfo(table.dtype).eps, TABLE_ERROR):
+        raise ValueError(
+            f"{SAT_TABLE}: expected the sines and cosines of its positions, got a tensor that "
+            f"differs by {error:.1e}"
+        )

@@ -1,0 +1,1 @@
+"""From noise to latents: noise levels, guidance, the loop."""
