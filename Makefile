@@ -57,7 +57,7 @@ bench: $(READY) ## time our kernels against PyTorch's, write a table, results an
 
 # A GPU machine keeps its own PyTorch: run from the source tree, install nothing.
 gpu: ## on a GPU machine: STAGE=test|bench|tune|profile
-	PYTHONPATH=kernels:. $(PYTHON) bench/gpu.py $(STAGE) $(ARGS)
+	PYTHONPATH=kernels:. $(PYTHON) bench/gpu/stages.py $(STAGE) $(ARGS)
 
 format: $(READY) ## rewrite the code in the common format
 	$(PY) -m ruff check --fix

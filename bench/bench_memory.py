@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from bench import options
-from bench.memory_cases import MemoryCase
+from bench.memory.registry import MemoryCase
 from bench.suites import MEMORY
 from vidgen.shapes import Direction
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from bench import options
-from bench.model_case import ModelStep
+from bench.models.case import ModelStep
 from bench.suites import MODELS
 from vidgen.shapes import Direction
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from bench import options
-from bench.curves import Point
+from bench.attention.curves import Point
 from bench.suites import SCALING
 from vidgen.shapes import Direction
 

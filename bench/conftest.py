@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import measure, options
-from bench.failures import LOST, first_line
-from bench.groups import merge
-from bench.measure import Outcome
+from bench import options
+from bench.measure import timing as measure
+from bench.measure.failures import LOST, first_line
+from bench.measure.provider import Provider
+from bench.measure.timing import Outcome
 from bench.options import DTYPES, device
-from bench.providers import Provider
-from bench.report import write
+from bench.report.groups import merge
+from bench.report.report import write
 from bench.suites import Suite
 from vidgen.shapes import SETS
 

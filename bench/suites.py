@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from bench.attention_cases import AttentionCase
-from bench.attention_providers import PROVIDERS as ATTENTION_PROVIDERS
-from bench.curves import POINTS, make_case
-from bench.memory_calls import MemoryCall
-from bench.memory_cases import CASES
-from bench.memory_providers import PROVIDERS as MEMORY_PROVIDERS
-from bench.model_calls import ModelCase
-from bench.model_cases import STEPS, VIDEOS
-from bench.model_providers import PROVIDERS as MODEL_PROVIDERS
-from bench.providers import Provider
+from bench.attention.cases import AttentionCase
+from bench.attention.curves import POINTS, make_case
+from bench.attention.providers import PROVIDERS as ATTENTION_PROVIDERS
+from bench.measure.provider import Provider
+from bench.memory.calls import MemoryCall
+from bench.memory.providers import PROVIDERS as MEMORY_PROVIDERS
+from bench.memory.registry import CASES
+from bench.models.calls import ModelCase
+from bench.models.providers import PROVIDERS as MODEL_PROVIDERS
+from bench.models.registry import STEPS, VIDEOS
 from vidgen.shapes import SETS, Direction
 
 

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from bench.cases import Case, Function, as_tuple  # noqa: E402
+from bench.measure.case import Case, Function, as_tuple  # noqa: E402
 from bench.suites import SUITES, directions  # noqa: E402
 from vidgen.common.arguments import output_folder, whole  # noqa: E402
 

@@ -4,7 +4,7 @@
     python tests/aot_rows.py --only segment bfloat16      cases whose names hold all of the words
     python tests/aot_rows.py --write                      renew tests/aot_rows_table.md
 
-The operators of `bench.memory_cases` run forward and backward, on few rows of real length. Their
+The operators of `bench.memory.registry` run forward and backward, on few rows of real length. Their
 kernels spend their time in the longest innermost loop; in all of the code where there is none.
 """
 
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
-from bench.memory_cases import CASES, MemoryCase  # noqa: E402
+from bench.memory.registry import CASES, MemoryCase  # noqa: E402
 from tests import aot_compile  # noqa: E402
 from tests.aot_compile import DTYPES, Instruction, Launch  # noqa: E402
 from tests.contracts import few_rows  # noqa: E402

@@ -12,14 +12,16 @@ import triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import a100, a100_models
-from bench.memory_cases import CASES, MemoryCase
-from bench.model_cases import STEPS
+from bench.a100 import models as a100_models
+from bench.a100 import static as a100
+from bench.memory.registry import CASES, MemoryCase
+from bench.models.registry import STEPS
 from tests import aot_compile, pipes
 from tests.aot_compile import Instruction
 from vidgen.ops import FUSED
 from vidgen.shapes import REAL
 
+RENEW = "renew the page and review it: python bench/a100/static.py --write"
 pytestmark = pytest.mark.aot
 
 # Percent of the tensor peak. FlashAttention-2's loops replay at 70 and 80 forward and, with atomic
@@ -59,13 +61,13 @@ def test_the_page_names_what_ships() -> None:
 def test_attention(case, rows: dict[str, list[str]]) -> None:
     row = a100.attention_row(case)
     assert float(row[a100.ATTENTION.index("replay")].rstrip("%")) >= REPLAY.get(row[0], 0)
-    assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+    assert rows[row[0]] == row, RENEW
 
 
 @pytest.mark.parametrize("case", a100.memory_cases(), ids=str)
 def test_memory(case, rows: dict[str, list[str]]) -> None:
     for row in a100.memory_rows(case):
-        assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+        assert rows[row[0]] == row, RENEW
 
 
 def test_projection_follows_from_the_table(rows: dict[str, list[str]]) -> None:
@@ -78,12 +80,12 @@ def test_projection_follows_from_the_table(rows: dict[str, list[str]]) -> None:
 def test_step(step: a100_models.Step, rows: dict[str, list[str]]) -> None:
     replay = a100.replays([rows[f"{c.kernel} D {c.head_dim}"] for c in a100.attention_cases()])
     row = a100.step_row(step, replay)
-    assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+    assert rows[row[0]] == row, RENEW
 
 
 def test_what_was_measured_elsewhere_is_on_the_page(rows: dict[str, list[str]]) -> None:
     for row in a100.measured_rows(a100.RESULTS):
-        assert rows[row[0]] == row, "renew the page and review it: python bench/a100.py --write"
+        assert rows[row[0]] == row, RENEW
 
 
 def test_a_measured_share_is_one_of_the_peak_of_an_a100(tmp_path: Path) -> None:

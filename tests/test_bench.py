@@ -12,9 +12,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import attention_providers, curves, gpu, groups, measure, report, subjects
-from bench.memory_calls import MemoryCall
-from bench.memory_cases import CASES, MemoryCase
+from bench.attention import curves
+from bench.attention import providers as attention_providers
+from bench.gpu import stages as gpu
+from bench.gpu import subjects
+from bench.measure import timing as measure
+from bench.memory.calls import MemoryCall
+from bench.memory.registry import CASES, MemoryCase
+from bench.report import groups, report
+from bench.report.groups import exponent
 from bench.suites import ATTENTION, MEMORY, SUITES
 from vidgen import cli
 from vidgen.ops import FUSED
@@ -285,8 +291,8 @@ def test_report_of_scaling_fits_exponents(tmp_path: Path) -> None:
 
 def test_exponents_of_powers() -> None:
     sizes = [1, 2, 5, 30]
-    assert curves.exponent(sizes, [3 * x**1.5 for x in sizes]) == pytest.approx(1.5)
-    assert curves.exponent([4], [1.0]) is None
+    assert exponent(sizes, [3 * x**1.5 for x in sizes]) == pytest.approx(1.5)
+    assert exponent([4], [1.0]) is None
     assert [p.x for p in curves.POINTS["real"] if p.curve == curves.TOKENS][-1] == 131072
     for point in curves.POINTS["real"]:
         if point.curve == curves.CACHED:

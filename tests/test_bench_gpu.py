@@ -12,8 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu, groups, measure, report, subjects, tune, workers
-from bench.failures import LOST, ContextLost
+from bench.gpu import stages as gpu
+from bench.gpu import subjects, tune
+from bench.measure import timing as measure
+from bench.measure import workers
+from bench.measure.failures import LOST, ContextLost
+from bench.report import groups, report
 from bench.suites import ATTENTION
 from vidgen import cli
 from vidgen.shapes import TOY
@@ -225,7 +229,7 @@ def test_files_whose_packages_are_absent_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("1 / 0\n")
     (tmp_path / "test_fine.py").write_text("def test_it(): pass\n")
     passed = tmp_path / "passed.txt"
-    flags = ["-p", "bench.resume", "-q", "-rs", "--continue-on-collection-errors"]
+    flags = ["-p", "bench.gpu.resume", "-q", "-rs", "--continue-on-collection-errors"]
     command = [sys.executable, "-m", "pytest", *flags, "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(
         command,
@@ -241,10 +245,10 @@ def test_files_whose_packages_are_absent_are_skipped(tmp_path: Path) -> None:
 
 LOSING = """
 import pytest
-from bench import measure
+from bench.measure import timing
 
 lost = []
-measure.context_is_lost = lambda: bool(lost)
+timing.context_is_lost = lambda: bool(lost)
 
 @pytest.mark.parametrize("i", range(6))
 def test_it(i):
@@ -260,7 +264,7 @@ def test_a_worker_that_lost_the_context_is_replaced(tmp_path: Path) -> None:
     passed = tmp_path / "passed.txt"
     flags = [
         "-p",
-        "bench.resume",
+        "bench.gpu.resume",
         "-n",
         "1",
         "--max-worker-restart=50",

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch._dynamo import config as dynamo_config
 
-from bench import groups, measure, report
-from bench.model_calls import ModelCase, Reference
-from bench.model_case import ModelStep, TokenStep, twin
-from bench.model_cases import STEPS, VIDEOS
-from bench.model_providers import COMPILED_VARIANTS, compiled
-from bench.pyramid_cases import PyramidTraining, PyramidVideo
+from bench.measure import timing as measure
+from bench.models.calls import ModelCase, Reference
+from bench.models.case import ModelStep, TokenStep, twin
+from bench.models.providers import COMPILED_VARIANTS, compiled
+from bench.models.pyramid_flow import PyramidTraining, PyramidVideo
+from bench.models.registry import STEPS, VIDEOS
+from bench.report import groups, report
 from bench.suites import MODELS, SAMPLERS, directions
 from vidgen.nova.checks.example_steps import CONFIGS, SetOfFrame
 from vidgen.ops import EAGER, FUSED

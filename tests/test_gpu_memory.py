@@ -1,6 +1,6 @@
 """Compiled memory-bound kernels on a GPU: precision, CUDA graphs, no synchronisation, repeatable.
 
-Over the cases of `bench.memory_cases`; interpreted and portable runs of the same operators have
+Over the cases of `bench.memory.registry`; interpreted and portable runs of the same operators have
 tests of their own.
 """
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.memory_cases import CASES, MemoryCase
+from bench.memory.registry import CASES, MemoryCase
 from tests.contracts import (
     Inputs,
     few_rows,

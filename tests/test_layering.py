@@ -166,9 +166,16 @@ def test_rooms_of_a_model(model: str, room: str) -> None:
         assert not strangers, f"{file} imports {sorted(strangers)}"
 
 
+@pytest.mark.parametrize("room", ["bench.measure", "bench.report"])
+def test_measuring_and_reporting_know_no_operator(room: str) -> None:
+    for file in below(room):
+        assert all(is_in(x, ("bench.measure", "bench.report")) for x in arrows(file)), file
+
+
 @pytest.mark.parametrize(
     ("folder", "pattern", "most"),
     [
+        ("bench", "*.py", 10),
         *((f"vidgen/{model}", "*.py", 6) for model in MODELS),
         ("vidgen", "*.py", 4),
     ],

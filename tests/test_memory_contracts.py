@@ -1,6 +1,6 @@
 """What holds for every memory-bound operator: registration, compilation, errors, memory, path.
 
-Over the cases of `bench.memory_cases` at toy shapes.
+Over the cases of `bench.memory.registry` at toy shapes.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._guards import CompileContext
 from torch.utils._pytree import tree_map_only
 
-from bench.memory_cases import CASES, MemoryCase
+from bench.memory.registry import CASES, MemoryCase
 from tests.contracts import (
     Inputs,
     Recorder,

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from bench import pyramid_unit
+from bench.studies import pyramid_unit
 from vidgen.ops import FUSED
 from vidgen.pyramid_flow.checks.example import LATENTS, example_config, example_model
 from vidgen.pyramid_flow.model.config import PATCH

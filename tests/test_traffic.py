@@ -6,7 +6,7 @@ Kernels are counted where they are interpreted, PyTorch's operators and Inductor
 import pytest
 import torch
 
-from bench.memory_cases import MemoryCase
+from bench.memory.registry import MemoryCase
 from tests import traffic
 from vidgen_kernels.common.launch import is_interpreted
 

@@ -7,7 +7,7 @@
 All in fp16, in units of one tensor [B, T, D] (of one latent). Forward is a call that keeps nothing
 for gradients, backward what follows one that does:
 
-* floor: what must move once, as `bench.memory_cases` says;
+* floor: what must move once, as `bench.memory.registry` says;
 * ours: what the Triton kernels load and store, counted in the interpreter under the launch
   configuration of sm_80, and what the PyTorch operators around them read and write;
 * compile: what the kernels that Inductor makes of the eager code access, by its own count;
@@ -50,7 +50,7 @@ from triton.runtime import interpreter
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
-from bench.memory_cases import CASES, MemoryCase  # noqa: E402
+from bench.memory.registry import CASES, MemoryCase  # noqa: E402
 from tests.aot_compile import markdown, table_rows  # noqa: E402
 from vidgen.ops import EAGER, FUSED  # noqa: E402
 from vidgen.shapes import TokenShape  # noqa: E402

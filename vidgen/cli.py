@@ -153,10 +153,10 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Drives ``pytest bench/ --benchmark-json``, then reports: there is one way of measuring."""
-    _require_source(BENCH / "report.py", "the benchmarks")
+    _require_source(BENCH / "report" / "report.py", "the benchmarks")
     _require_extra("bench")
     if args.compare:
-        command = [sys.executable, str(BENCH / "compare.py"), *map(str, args.compare)]
+        command = [sys.executable, str(BENCH / "report" / "compare.py"), *map(str, args.compare)]
         return subprocess.run(command, env=_source_environment(), check=False).returncode
     targets = [BENCH] if args.op == "all" else [BENCH / f"bench_{args.op}.py"]
     filters = [
@@ -185,7 +185,7 @@ def run_bench(args: argparse.Namespace) -> int:
             print(_explanation(log), file=sys.stderr)
         if not results.exists() or not results.stat().st_size:
             raise CommandError(f"nothing was measured (pytest exit status {status})")
-        report = [sys.executable, str(BENCH / "report.py"), str(results)]
+        report = [sys.executable, str(BENCH / "report" / "report.py"), str(results)]
         report += [f"--output={args.output}"] if args.output else []
         report += ["--merge"] if filters or args.op != "all" else []
         reported = subprocess.run(report, env=_source_environment(), check=False).returncode
@@ -271,7 +271,7 @@ def run_info(args: argparse.Namespace) -> int:
         facts[f"extra {extra}"] = f"without {', '.join(absent)}" if absent else "complete"
     for name, fact in facts.items():
         print(f"{name:16} {fact}")
-    if not (BENCH / "report.py").exists():
+    if not (BENCH / "report" / "report.py").exists():
         print("benchmarks       in the source tree only, not in the wheel")
         return 0
     print("benchmark providers", flush=True)

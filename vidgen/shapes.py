@@ -3,7 +3,7 @@
 An attention shape lists the tokens of each *block*, a run of consecutive tokens with the same
 visibility, and the rule that says which block sees which. Token counts follow from the models' own
 formulas below. Memory-bound operators work on rows of tokens or on latents, whose shapes stand at
-the end; which operator runs at which of them is told by `bench.memory_cases`.
+the end; which operator runs at which of them is told by `bench.memory.registry`.
 
 Legend: B batch (2 with classifier-free guidance), H heads, D head dim, T tokens.
 """
