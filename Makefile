@@ -41,7 +41,7 @@ interpreted: $(READY) ## the suite on the Triton kernels, interpreted
 	TRITON_INTERPRET=1 $(PYTEST) -m 'not portable_only and not aot' $(ARGS)
 
 aot-old-triton: $(OVERLAY)/.ready ## compile the kernels ahead of time under the oldest Triton
-	env -u TRITON_INTERPRET PYTHONPATH=$(OVERLAY) $(PYTEST) -m aot tests/test_aot*.py $(ARGS)
+	env -u TRITON_INTERPRET PYTHONPATH=$(OVERLAY) $(PYTEST) -m aot tests/aot $(ARGS)
 
 $(OVERLAY)/.ready: | $(READY)
 	rm -rf $(OVERLAY)
@@ -50,7 +50,7 @@ $(OVERLAY)/.ready: | $(READY)
 
 MINUTES ?= 10
 fuzz: $(READY) ## random layouts for MINUTES=10, from SEED if given
-	TRITON_INTERPRET=1 $(PY) tests/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+	TRITON_INTERPRET=1 $(PY) tests/kernels/attention/fuzz.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(READY) ## time our kernels against PyTorch's, write a table, results and plots
 	$(PY) -m vidgen.cli bench $(ARGS)

@@ -28,7 +28,7 @@ from bench.models.case import TokenStep, Way
 from bench.models.nova import NovaSet
 from bench.models.pyramid_flow import TOY, PyramidEvaluation
 from bench.models.repvideo import RepVideoEvaluation
-from tests import pipes
+from tests.aot import pipes
 from vidgen.nova.checks.example_steps import CONFIGS
 from vidgen.nova.model.transformer import NovaTransformer
 from vidgen.ops import FUSED, Ops

@@ -4,8 +4,8 @@
     python bench/a100/static.py --write    renew bench/results/a100/static.md
 
 Every kernel is compiled for sm_80 in its shipped configuration, for bf16 and real rows. The hot
-loop is taken apart: which pipe of a multiprocessor is busy longest (`tests.pipes`), and what share
-of the tensor peak or of the DRAM bandwidth that leaves.
+loop is taken apart: which pipe of a multiprocessor is busy longest (`tests.aot.pipes`), and what
+share of the tensor peak or of the DRAM bandwidth that leaves.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ import triton  # noqa: E402
 from bench.a100 import measured as a100_measured  # noqa: E402
 from bench.a100 import models as a100_models  # noqa: E402
 from bench.memory.registry import CASES  # noqa: E402
-from tests import aot, aot_compile, aot_rows, pipes  # noqa: E402
-from tests.aot_compile import Instruction  # noqa: E402
+from tests.aot import attention as aot  # noqa: E402
+from tests.aot import compile as aot_compile  # noqa: E402
+from tests.aot import pipes  # noqa: E402
+from tests.aot import rows as aot_rows  # noqa: E402
+from tests.aot.compile import Instruction  # noqa: E402
 from vidgen.shapes import REAL  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
