@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 
 OBEY = """
 import os, time
-from bench.failures import LOST, ContextLost
+from bench.measure.failures import LOST, ContextLost
 
 def obey(what, name):
     if what == "die":
