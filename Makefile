@@ -14,7 +14,7 @@ OVERLAY    := $(VENV)/triton-$(OLD_TRITON)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 .NOTPARALLEL:
-.PHONY: help setup test lint portable interpreted aot-old-triton fuzz bench gpu format clean
+.PHONY: help setup test quick lint portable interpreted aot-old-triton fuzz bench gpu format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: lint portable interpreted aot-old-triton ## all that continuous integration runs
+
+quick: lint ## style, types and the tests nearest to what changed against main, in two minutes
+	$(PYTEST) -m 'not slow and not aot' $$($(PY) tests/quick.py) $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(PY) -m ruff check
