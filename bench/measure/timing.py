@@ -202,8 +202,8 @@ def _interleave(
             for name in names[start:] + names[:start]
             if outcomes[name].status == "measured" and (turn < MIN_SAMPLES or spent[name] < seconds)
         ]
-        for name, seconds in _interleave_round(active, calls, outcomes, device).items():
-            spent[name] += seconds
+        for name, taken in _interleave_round(active, calls, outcomes, device).items():
+            spent[name] += taken
 
 
 def _interleave_round(names, calls, outcomes, device) -> dict[str, float]:
