@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from bench import options
-from bench.measure import timing as measure
+from bench.measure import timing
 from bench.measure.failures import LOST, first_line
 from bench.measure.provider import Provider
 from bench.measure.timing import Outcome
 from bench.options import DTYPES, device
+from bench.report.files import write
 from bench.report.groups import merge
-from bench.report.report import write
 from bench.suites import Suite
 from vidgen.shapes import SETS
 
@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[EARLIER] = json.loads(kept.read_text()) if kept and kept.exists() else {}
     options.check(config)  # a mistyped name is told at once
     if not torch.cuda.is_available():
-        torch.set_num_threads(measure.CPU_THREADS)
+        torch.set_num_threads(timing.CPU_THREADS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -123,7 +123,7 @@ def measured(request: pytest.FixtureRequest):
             started, stop = config.stash[STARTED], config.getoption("--seconds")
             if time.monotonic() - started + suite.longest_seconds > stop:
                 last[key] = _all(selected, "postponed", "time is up")
-            elif measure.context_is_lost():
+            elif timing.context_is_lost():
                 last[key] = _all(selected, "postponed", LOST)
             else:
                 keep(config, measuring=spec.name)
@@ -146,9 +146,9 @@ def _measure(
     except Exception as error:  # out of memory: the next shape may fit
         reason = f"inputs: {type(error).__name__}: {first_line(error)[:200]}"
         return _all(providers, "failed", reason)
-    seconds = measure.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
+    seconds = timing.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
     once = config.getoption("benchmark_disable")
-    return measure.measure_group(case, backward, providers, seconds, once, suite.graphs)
+    return timing.measure_group(case, backward, providers, seconds, once, suite.graphs)
 
 
 def _all(providers: list[Provider], status: str, reason: str) -> dict[str, Outcome]:
@@ -217,8 +217,8 @@ def record(benchmark, request: pytest.FixtureRequest):
         median = benchmark.stats.stats.median
         ((unit, amount),) = work.items()
         rate = amount / median
-        if unit in measure.RATES:
-            more["fraction_of_peak"] = rate / measure.peak(unit, DTYPES[dtype], device())
+        if unit in timing.RATES:
+            more["fraction_of_peak"] = rate / timing.peak(unit, DTYPES[dtype], device())
         benchmark.extra_info.update(
             **labels,
             **{unit: rate},
@@ -226,7 +226,7 @@ def record(benchmark, request: pytest.FixtureRequest):
             peak_memory_mb=outcome.peak_memory_mb,
             max_error=outcome.max_error,
             launch=outcome.launch,
-            **measure.environment(),
+            **timing.environment(),
             **more,
         )
 
@@ -236,7 +236,7 @@ def record(benchmark, request: pytest.FixtureRequest):
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.pop("node", None)  # the host's name is nobody's business
     load = os.getloadavg()[0]  # ours included
-    machine_info.update(measure.environment(), threads=torch.get_num_threads(), load=load)
+    machine_info.update(timing.environment(), threads=torch.get_num_threads(), load=load)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:

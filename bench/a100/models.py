@@ -28,6 +28,7 @@ from bench.models.case import TokenStep, Way
 from bench.models.nova import NovaSet
 from bench.models.pyramid_flow import TOY, PyramidEvaluation
 from bench.models.repvideo import RepVideoEvaluation
+from bench.report.columns import three_digits
 from tests.aot import pipes
 from vidgen.nova.checks.example_steps import CONFIGS
 from vidgen.nova.model.transformer import NovaTransformer
@@ -180,14 +181,10 @@ def projected(calls: Sequence[Call], attention: Callable[[int], Range], copy: Ra
             times[call.part][i] += 1e3 * seconds
     total = [math.fsum(times[part][i] for part in PARTS) for i in range(2)]
     return [
-        *(_digits(flops[part] / 1e12) for part in ("linear", "attention")),
-        *(_digits(n_bytes[part] / 1e9) for part in ("ours", "other")),
-        *(f"{_digits(high)} to {_digits(low)}" for low, high in (*times.values(), total)),
+        *(three_digits(flops[part] / 1e12) for part in ("linear", "attention")),
+        *(three_digits(n_bytes[part] / 1e9) for part in ("ours", "other")),
+        *(f"{three_digits(high)} to {three_digits(low)}" for low, high in (*times.values(), total)),
     ]
-
-
-def _digits(x: float) -> str:
-    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
 HEADERS = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure import timing as measure
+from bench.measure import timing
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 FAILED = pytest.StashKey[bool]()
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
     failed_before = item.session.stash.get(FAILED, False)
-    if IS_WORKER and failed_before and measure.context_is_lost():
+    if IS_WORKER and failed_before and timing.context_is_lost():
         os._exit(1)  # `item` is reported as the one that did it, and runs next time
     item.session.stash[FAILED] = False
 

@@ -31,10 +31,12 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from bench.gpu import tune  # noqa: E402
-from bench.measure import timing as measure  # noqa: E402
+from bench.measure import timing  # noqa: E402
 from bench.measure.failures import LOST  # noqa: E402
 from bench.measure.workers import in_parallel  # noqa: E402
 from bench.report import groups, report  # noqa: E402
+from bench.report.files import RESULTS, folder_name, write  # noqa: E402
+from bench.report.terminal import print_report  # noqa: E402
 from bench.suites import ATTENTION, MEMORY, SUITES, directions  # noqa: E402
 from vidgen.shapes import AttentionShape  # noqa: E402
 
@@ -83,7 +85,7 @@ def _forget_other_sources(passed: Path) -> None:
             digest.update(path.read_bytes())
     line = f"# sources {digest.hexdigest()[:16]}\n"
     if not passed.exists() or not passed.read_text().startswith(line):
-        report.write(passed, line)
+        write(passed, line)
 
 
 def _sanitize(folder: Path, stop: float) -> int:
@@ -110,7 +112,7 @@ def sanitizer_target(folder: Path, rest: list[str]) -> int:
     for suite, specs in ((ATTENTION, SANITIZED), (MEMORY, MEMORY.sets["toy"])):
         for spec in specs:
             case = suite.make(spec, torch.bfloat16, torch.device("cuda"))
-            for step in measure.make_steps(case, suite.providers["ours"].setup(case), True):
+            for step in timing.make_steps(case, suite.providers["ours"].setup(case), True):
                 step()
             torch.cuda.synchronize()
             print(spec.name, "done", flush=True)
@@ -198,7 +200,7 @@ def _report(kept: Path, folder: Path | None) -> None:
         report.main([str(kept), f"--output={folder}", "--merge"])
         kept.unlink()
     elif found := groups.groups(json.loads(kept.read_text())):
-        report.print_report(found, Console(width=140))
+        print_report(found, Console(width=140))
 
 
 def _finished(path: Path) -> set[str]:
@@ -234,12 +236,12 @@ def _compile(suite_name: str, spec_name: str) -> str:
         try:
             function = provider.setup(case)
             for backward in (False, True):
-                for step in measure.make_steps(case, function, backward):
+                for step in timing.make_steps(case, function, backward):
                     step()
             torch.cuda.synchronize()
         except Exception as error:
             notes.append(f"({provider.name}: {type(error).__name__})")
-            measure.clear_after_failure()
+            timing.clear_after_failure()
     del case
     torch.compiler.reset()
     torch.cuda.empty_cache()
@@ -357,11 +359,11 @@ def _bring_earlier_results(folder: Path, name: str) -> None:
     """Where results go elsewhere, start from those in the tree."""
     earlier = _committed() / name
     if not (folder / name).exists() and earlier.exists():
-        report.write(folder / name, earlier.read_text())
+        write(folder / name, earlier.read_text())
 
 
 def _committed() -> Path:
-    return report.RESULTS / report.folder_name(measure.environment()["gpu"])
+    return RESULTS / folder_name(timing.environment()["gpu"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
-        print("gpu.py: error: PyTorch sees no CUDA device", file=sys.stderr)
+        print("stages.py: error: PyTorch sees no CUDA device", file=sys.stderr)
         return 1
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else _committed()
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,20 +26,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
 from bench.gpu.subjects import Subject, subjects  # noqa: E402
-from bench.measure import timing as measure  # noqa: E402
+from bench.measure import timing  # noqa: E402
 from bench.measure.case import TOLERANCE, Case  # noqa: E402
 from bench.measure.failures import ContextLost, first_line  # noqa: E402
 from bench.measure.workers import in_parallel  # noqa: E402
-from bench.report.report import RESULTS, folder_name, write  # noqa: E402
+from bench.report.files import RESULTS, folder_name, write  # noqa: E402
 
 SAMPLES, FINALISTS = 15, 4
 CONTEXT_LOST = 75  # exit status: a candidate took the GPU's context, start again for the others
 UNFINISHED = "the process ended while this was timed"
 
 
-def steps_of(case: Case, subject: Subject) -> list[measure.Step]:
+def steps_of(case: Case, subject: Subject) -> list[timing.Step]:
     function = subject.suite.providers["ours"].setup(case)
-    return measure.make_steps(case, function, subject.backward)
+    return timing.make_steps(case, function, subject.backward)
 
 
 def compile_one(name: str, config: Any) -> str:
@@ -51,10 +51,10 @@ def compile_one(name: str, config: Any) -> str:
                 step()
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
-        measure.clear_after_failure()
+        timing.clear_after_failure()
         return ""  # too many at once; compiled or not, one alone has room
     except Exception as error:
-        measure.clear_after_failure()
+        timing.clear_after_failure()
         return _reason(error)
     return ""
 
@@ -71,7 +71,7 @@ def time_one(case: Case, subject: Subject, config: Any) -> dict:
             if not error <= TOLERANCE[case.dtype]:
                 return {"reason": f"wrong: error {error:.1e}"}
             steps = steps_of(case, subject)
-            times = [measure.time_steps(steps, case.device)[-1] for _ in range(SAMPLES)]
+            times = [timing.time_steps(steps, case.device)[-1] for _ in range(SAMPLES)]
             return {"ms": 1e3 * statistics.median(times), "max_error": error}
     except Exception as error:
         return {"reason": _reason(error)}
@@ -88,7 +88,7 @@ def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
     for _ in range(SAMPLES):
         for i, config in enumerate(finalists):
             with subject.forced(config):
-                times[i].append(measure.time_steps(steps, case.device)[-1])
+                times[i].append(timing.time_steps(steps, case.device)[-1])
     return finalists[min(times, key=lambda i: statistics.median(times[i]))]
 
 
@@ -100,7 +100,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
     stop = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability()
     found = json.loads(path.read_text()) if path.exists() else {}
-    found.update(arch=10 * major + minor, **measure.environment())
+    found.update(arch=10 * major + minor, **timing.environment())
     results = found.setdefault("subjects", {})
     todo = {}
     for subject in chosen:
@@ -117,7 +117,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
             case = subject.case()
         except torch.OutOfMemoryError:
             print(f"{subject.name}: no memory for {subject.shape}", flush=True)
-            measure.clear_after_failure()
+            timing.clear_after_failure()
             continue
         for config in configs:
             reason = reasons.get((subject.name, config))
@@ -133,7 +133,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
             print(subject.name, config, row.get("ms", row.get("reason")), flush=True)
             write(path, json.dumps(found, indent=1) + "\n")
             if not reason and "reason" in row:
-                measure.clear_after_failure()
+                timing.clear_after_failure()
         best = sorted((t for t in entry["timed"] if "ms" in t), key=lambda t: t["ms"])[:FINALISTS]
         if best:
             kind = type(subject.candidates()[0])

@@ -13,20 +13,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.attention import curves
-from bench.attention import providers as attention_providers
-from bench.gpu import stages as gpu
-from bench.gpu import subjects
-from bench.measure import timing as measure
+from bench.attention.providers import natten_refuses, near_square
+from bench.gpu import stages, subjects
+from bench.measure import timing
+from bench.measure.case import as_tuple
 from bench.memory.calls import MemoryCall
 from bench.memory.registry import CASES, MemoryCase
-from bench.report import groups, report
+from bench.report import groups, report, terminal
 from bench.report.groups import exponent
 from bench.suites import ATTENTION, MEMORY, SUITES
 from tests.paths import ROOT
 from vidgen import cli
 from vidgen.ops import FUSED
 from vidgen.shapes import REAL, TOY, nova_sets, pyramid_blocks
-from vidgen_kernels.attention import interval_attention as engine
+from vidgen_kernels.attention import interval_attention
 from vidgen_kernels.attention.configs import LaunchConfig, lookup
 from vidgen_kernels.common.configs import RowConfig
 from vidgen_kernels.latents import blocks
@@ -106,7 +106,7 @@ def raises(case):
 def test_a_wrong_provider_is_reported_as_wrong(shape, setup) -> None:
     planted = dataclasses.replace(DENSE, name="planted", setup=setup)
     case = ATTENTION.make(shape, torch.float64, CPU)
-    outcomes = measure.measure_group(case, True, [DENSE, planted], once=True)
+    outcomes = timing.measure_group(case, True, [DENSE, planted], once=True)
     assert outcomes["sdpa_dense"].status == "measured"
     assert outcomes["planted"].status == "wrong"
     assert not outcomes["planted"].samples
@@ -117,7 +117,7 @@ def perturbed(call: MemoryCall):
     right = EAGER.setup(call)
 
     def function(*leaves):
-        first, *others = measure.as_tuple(right(*leaves))
+        first, *others = as_tuple(right(*leaves))
         bump = torch.zeros(first.shape, dtype=first.dtype)
         bump.view(-1)[-1] = 1e-2
         return first + bump, *others
@@ -139,7 +139,7 @@ PLANTED_IN = ("segment_n4", "qk_norm_rope", "renoise_drawn", "dpm_step")
 def test_a_wrong_memory_provider_is_reported_as_wrong(spec: MemoryCase, setup) -> None:
     planted = dataclasses.replace(EAGER, name="planted", setup=setup)
     case = MEMORY.make(spec, torch.float64, CPU)
-    outcomes = measure.measure_group(case, True, [EAGER, planted], once=True)
+    outcomes = timing.measure_group(case, True, [EAGER, planted], once=True)
     assert outcomes["eager"].status == "measured", outcomes["eager"].reason
     assert outcomes["planted"].status == "wrong"
 
@@ -149,7 +149,7 @@ def test_providers_agree_on_memory_cases(spec: MemoryCase) -> None:
     case = MEMORY.make(spec, torch.float32, CPU)
     chosen = [MEMORY.providers[name] for name in ("ours", "eager", "official")]
     for backward in (False, True):
-        outcomes = measure.measure_group(case, backward, chosen, once=True)
+        outcomes = timing.measure_group(case, backward, chosen, once=True)
         assert {o.status for o in outcomes.values()} <= {"measured", "unavailable"}, outcomes
         assert outcomes["ours"].samples
 
@@ -157,7 +157,7 @@ def test_providers_agree_on_memory_cases(spec: MemoryCase) -> None:
 def test_a_provider_that_raises_is_a_result() -> None:
     planted = dataclasses.replace(DENSE, name="planted", setup=raises)
     case = ATTENTION.make(TOY[0], torch.float32, CPU)
-    outcomes = measure.measure_group(case, False, [DENSE, planted], once=True)
+    outcomes = timing.measure_group(case, False, [DENSE, planted], once=True)
     assert outcomes["planted"].status == "failed"
     assert outcomes["planted"].reason == "RuntimeError: this peer broke"
     assert set(outcomes["sdpa_dense"].samples) == {"fwd"}
@@ -171,7 +171,7 @@ def test_peak_memory_of_a_cpu_call() -> None:
         held.append(torch.empty(1 << 20))
         held.clear()
 
-    assert measure.peak_memory([allocate, allocate], CPU) == 2 * 4 << 20
+    assert timing.peak_memory([allocate, allocate], CPU) == 2 * 4 << 20
 
 
 # ---- results
@@ -201,7 +201,7 @@ def test_results_keep_the_contract(tmp_path: Path) -> None:
         for benchmark in of_shape:
             info = benchmark["extra_info"]
             assert set(info) >= {*CONTRACT, unit}
-            assert ("fraction_of_peak" in info) == (unit in measure.RATES)
+            assert ("fraction_of_peak" in info) == (unit in timing.RATES)
             assert info["median_ms"] == pytest.approx(1e3 * benchmark["stats"]["median"])
             assert 0 < info["max_error"] < 1e-4
         missing = [row for row in results["not_measured"] if row["shape"] == shape]
@@ -305,14 +305,14 @@ def test_natten_takes_equal_frames_only() -> None:
 
     def refuses(name: str, dtype: torch.dtype = torch.bfloat16) -> str | None:
         case = SimpleNamespace(shape=shapes[name], dtype=dtype, device=device)
-        return attention_providers.natten_refuses(case, True)
+        return natten_refuses(case, True)
 
     assert refuses("wan_14b_block_causal") is None
     assert "float16" in refuses("wan_14b_block_causal", torch.float32)
     for name in ("wan_14b_teacher_forcing", "nova_cache_step8", "nova_temporal_train"):
         assert "frames of one size" in refuses(name)
-    assert attention_providers.near_square(1560) == (39, 40)
-    assert attention_providers.near_square(7) == (1, 7)
+    assert near_square(1560) == (39, 40)
+    assert near_square(7) == (1, 7)
 
 
 def test_comparing_results_finds_what_regressed(tmp_path: Path, capfd) -> None:
@@ -363,14 +363,14 @@ def test_a_shape_is_finished_when_all_directions_are_there(tmp_path: Path) -> No
     results = invented_results()
     path = tmp_path / "attention.json"
     path.write_text(json.dumps(results))
-    assert gpu._finished(path) == set()
+    assert stages._finished(path) == set()
     rows = [b for b in results["benchmarks"] if b["extra_info"]["provider"] == "ours"]
     for direction in ("bwd", "fwd+bwd"):
         results["benchmarks"] += [
             {**row, "extra_info": {**row["extra_info"], "direction": direction}} for row in rows
         ]
     path.write_text(json.dumps(results))
-    assert gpu._finished(path) == {"frames"}
+    assert stages._finished(path) == {"frames"}
 
 
 def test_merging_replaces_what_was_measured_again() -> None:
@@ -387,7 +387,7 @@ def test_merging_replaces_what_was_measured_again() -> None:
 def test_only_speedups_are_coloured() -> None:
     cells = ["nova_sets_1024px", "~1.04x", "0.99x", "no memory"]
     coloured = ["nova_sets_1024px", "[green]~1.04x[/]", "[red]0.99x[/]", "no memory"]
-    assert [report._coloured(cell) for cell in cells] == coloured
+    assert [terminal.coloured(cell) for cell in cells] == coloured
 
 
 # ---- the command line
@@ -441,11 +441,11 @@ def test_tuning_forces_one_kernel_only() -> None:
     subject = known["fwd-64"]
     config = subject.candidates()[0]
     args = (64, torch.bfloat16, 90)
-    dq = engine.lookup("dq", *args)
+    dq = interval_attention.lookup("dq", *args)
     with subject.forced(config):
-        assert engine.lookup("fwd", *args) == config
-        assert engine.lookup("dq", *args) == dq
-    assert engine.lookup is lookup
+        assert interval_attention.lookup("fwd", *args) == config
+        assert interval_attention.lookup("dq", *args) == dq
+    assert interval_attention.lookup is lookup
     pixels = known["pixel_blocks_fwd"]
     with pixels.forced(pixels.candidates()[-1]):
         assert blocks.lookup_pixel_blocks(torch.bfloat16, 90) == pixels.candidates()[-1]

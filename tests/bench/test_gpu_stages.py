@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.gpu import stages as gpu
-from bench.gpu import subjects, tune
-from bench.measure import timing as measure
-from bench.measure import workers
+from bench.gpu import stages, subjects, tune
+from bench.measure import timing, workers
 from bench.measure.failures import LOST, ContextLost
-from bench.report import groups, report
+from bench.report import groups
+from bench.report.files import write
 from bench.suites import ATTENTION
 from tests.paths import ROOT
 from vidgen import cli
@@ -101,7 +100,7 @@ def context(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> None:
     def lose(case):
         context.lost = True
-        measure.torch.cuda.synchronize()
+        timing.torch.cuda.synchronize()
 
     dense = ATTENTION.providers["sdpa_dense"]
     named = [
@@ -115,7 +114,7 @@ def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> N
         for name, setup in named
     ]
     case = ATTENTION.make(TOY[0], torch.float32, torch.device("cpu"))
-    found = measure.measure_group(case, False, providers, once=True)
+    found = timing.measure_group(case, False, providers, once=True)
     assert {name: outcome.status for name, outcome in found.items()} == {
         "before": "postponed",
         "raises": "failed",
@@ -137,12 +136,12 @@ def test_whoever_lost_the_context_is_left_out_of_a_new_start() -> None:
         row("ours", "postponed", LOST),
         row("natten", "failed", "out of memory"),
     ]
-    found = gpu._tests_that_lost_the_gpu({"not_measured": rows})
+    found = stages._tests_that_lost_the_gpu({"not_measured": rows})
     assert found == {
         "bench/bench_attention.py::test_attention[toy_frames-bf16-fwd-flex]",
         "bench/bench_memory.py::test_memory[segment_n4-toy-bf16-fwd-eager]",
     }
-    assert gpu._tests_that_lost_the_gpu({}) == set()
+    assert stages._tests_that_lost_the_gpu({}) == set()
 
 
 # ---- results that grow
@@ -178,25 +177,25 @@ def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
 
 
 def test_shapes_are_taken_from_every_suite_in_turns() -> None:
-    chosen = gpu._chosen_specs(["--shapes=wan_*,segment_n[14]-repvideo_2b", "--providers=ours"])
+    chosen = stages._chosen_specs(["--shapes=wan_*,segment_n[14]-repvideo_2b", "--providers=ours"])
     assert chosen[:2] == [
         ("attention", "wan_14b_block_causal"),
         ("memory", "segment_n1-repvideo_2b"),
     ]
     assert len(chosen) == 6
-    assert {suite for suite, _ in gpu._chosen_specs([])[:5]} == set(gpu.SUITES)
+    assert {suite for suite, _ in stages._chosen_specs([])[:5]} == set(stages.SUITES)
 
 
 def test_what_passed_before_a_change_runs_again(tmp_path: Path) -> None:
     passed = tmp_path / "tests_passed.txt"
-    gpu._forget_other_sources(passed)
+    stages._forget_other_sources(passed)
     header = passed.read_text()
     with passed.open("a") as file:
         file.write("tests/gpu/test_attention.py::test_autocast\n")
-    gpu._forget_other_sources(passed)
+    stages._forget_other_sources(passed)
     assert passed.read_text() == f"{header}tests/gpu/test_attention.py::test_autocast\n"
     passed.write_text("# sources 0\ntests/gpu/test_attention.py::test_autocast\n")
-    gpu._forget_other_sources(passed)
+    stages._forget_other_sources(passed)
     assert passed.read_text() == header
 
 
@@ -207,7 +206,7 @@ def test_profiles_are_a_handful_of_files(tmp_path: Path) -> None:
     for shape in ("a", "b"):
         for suffix in ("txt", "json.gz", "ncu-rep"):
             (scratch / f"{shape}.{suffix}").write_text(shape)
-        gpu._keep_profile(scratch, folder)
+        stages._keep_profile(scratch, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["a.ncu-rep", "b.ncu-rep", "profile.zip"]
     with zipfile.ZipFile(folder / "profile.zip") as archive:
         assert sorted(archive.namelist()) == ["a.json.gz", "a.txt", "b.json.gz", "b.txt"]
@@ -216,7 +215,7 @@ def test_profiles_are_a_handful_of_files(tmp_path: Path) -> None:
 def test_a_process_that_takes_too_long_is_stopped_and_its_output_kept(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = "import time; print('begun', flush=True); time.sleep(1000)"
-    assert gpu._run([sys.executable, "-c", script], log, 1.0, gpu._environment()) == 124
+    assert stages._run([sys.executable, "-c", script], log, 1.0, stages._environment()) == 124
     assert log.read_text() == "begun\n"
 
 
@@ -312,7 +311,7 @@ def test_tuning_goes_on_after_a_candidate_that_lost_the_context(
         context.lost = "reason" in outcome
         return outcome
 
-    monkeypatch.setattr(measure, "environment", lambda: {})
+    monkeypatch.setattr(timing, "environment", lambda: {})
     with pytest.raises(ContextLost):
         tuned(monkeypatch, path, time_one)
     context.lost = False
@@ -341,5 +340,5 @@ def test_tuning_that_was_cut_before_the_play_off_still_has_one(monkeypatch, tmp_
     tuned(monkeypatch, path, lambda config: {"ms": 1.0})
     found = json.loads(path.read_text())
     del found["subjects"]["linear_step_fwd"]["best"]
-    report.write(path, json.dumps(found))
+    write(path, json.dumps(found))
     assert "best" in tuned(monkeypatch, path, lambda config: pytest.fail("timed again"))

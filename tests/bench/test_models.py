@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo import config as dynamo_config
 
-from bench.measure import timing as measure
+from bench.measure import timing
 from bench.models.calls import ModelCase, Reference
 from bench.models.case import ModelStep, TokenStep, twin
 from bench.models.providers import COMPILED_VARIANTS, compiled
@@ -114,7 +114,7 @@ def test_providers_agree(spec: ModelStep) -> None:
     expected = dict.fromkeys((p.name for p in chosen), "measured") | {"planted": "wrong"}
     expected["ours_cached"] = "measured" if spec.has_cache else "unavailable"
     for backward in sorted({direction != "fwd" for direction in directions(spec)}):
-        outcomes = measure.measure_group(case, backward, [*chosen, planted], once=True)
+        outcomes = timing.measure_group(case, backward, [*chosen, planted], once=True)
         assert {name: o.status for name, o in outcomes.items()} == expected, outcomes
 
 
