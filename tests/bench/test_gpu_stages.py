@@ -186,6 +186,17 @@ def test_shapes_are_taken_from_every_suite_in_turns() -> None:
     assert {suite for suite, _ in stages._chosen_specs([])[:5]} == set(stages.SUITES)
 
 
+def test_a_shape_is_finished_when_all_directions_are_there(tmp_path: Path) -> None:
+    path, stats = tmp_path / "attention.json", {"median": 1.0, "iqr": 0.0}
+    rows = [
+        {"stats": stats, "extra_info": {**ROW, "direction": direction, "provider": "ours"}}
+        for direction in groups.DIRECTIONS
+    ]
+    for n, finished in ((1, set()), (3, {"toy_frames"})):
+        path.write_text(json.dumps({"benchmarks": rows[:n]}))
+        assert stages._finished(path) == finished
+
+
 def test_what_passed_before_a_change_runs_again(tmp_path: Path) -> None:
     passed = tmp_path / "tests_passed.txt"
     stages._forget_other_sources(passed)

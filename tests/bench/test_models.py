@@ -1,8 +1,6 @@
 """Steps of models and samplers as benchmarks: counted right, held against fp64, reported."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +12,7 @@ from bench.models.case import ModelStep, TokenStep, twin
 from bench.models.providers import COMPILED_VARIANTS, compiled
 from bench.models.pyramid_flow import PyramidTraining, PyramidVideo
 from bench.models.registry import STEPS, VIDEOS
-from bench.report import groups, report
-from bench.suites import MODELS, SAMPLERS, directions
+from bench.suites import MODELS, directions
 from vidgen.nova.checks.example_steps import CONFIGS, SetOfFrame
 from vidgen.ops import EAGER, FUSED
 from vidgen.pyramid_flow.checks.example import TrainingExample
@@ -183,68 +180,3 @@ def test_training_reads_no_more_than_a_step() -> None:
     wide = spec.widened(case.example, torch.float64)
     loss = wide(case.model.double())
     assert loss.dtype == torch.float64 and loss == wide(case.model)
-
-
-# ---- reports
-
-
-def results(op: str, **numbers: float) -> dict:
-    """Ours takes 2 ms, eager PyTorch 5 ms; one provider is wrong."""
-    labels = {"op": op, "shape": "step", "dtype": "fp32", "direction": "fwd"}
-    common = {"peak_memory_mb": 3.0, "max_error": 1e-6, "commit": "abc", "gpu": "cpu", **numbers}
-    benchmarks = [
-        {
-            "stats": {"median": ms / 1e3, "iqr": 0.0},
-            "extra_info": {**labels, **common, "provider": provider, "median_ms": ms},
-        }
-        for provider, ms in (("ours", 2.0), ("eager", 5.0))
-    ]
-    wrong = {**labels, "provider": "planted", "status": "wrong", "reason": "error 1e-01"}
-    return {
-        "benchmarks": benchmarks,
-        "not_measured": [wrong],
-        "machine_info": {"gpu": "cpu", "torch": "2", "triton": "3"},
-        "datetime": "2000-01-01T00:00:00",
-    }
-
-
-def reported(found: dict, folder: Path) -> str:
-    path = folder / "new.json"
-    path.write_text(json.dumps(found))
-    assert report.main([str(path), "--output", str(folder / "cpu")]) == 0
-    return (folder / "cpu" / "README.md").read_text()
-
-
-def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
-    text = reported(results("model", tokens_per_s=1000.0), tmp_path)
-    files = {p.name for p in (tmp_path / "cpu").iterdir()}
-    assert files == {"models.json", "models_speedup.png", "README.md", "report.html"}
-    assert "| shape | ours, ms/step | tokens/s | MB | error | vs eager | vs planted |" in text
-    assert "| step | 2 | 1000 | 3 | 1e-06 | 2.50x | WRONG |" in text
-    assert "peak" not in text
-
-
-def test_report_of_samplers_says_what_is_projected(tmp_path: Path) -> None:
-    """2 ms for a tenth of a video are 0.02 s for all of it."""
-    found = results("sampler", videos_per_hour=180000.0, measured_share=0.1)
-    text = reported(found, tmp_path)
-    assert (tmp_path / "cpu" / "samplers.json").exists()
-    assert "| shape | ours, s/video | videos/h | MB | error | vs eager | vs planted |" in text
-    assert "| step (projected from 10%) | 0.02 | 180000 | 3 | 1e-06 | 2.50x | WRONG |" in text
-    assert "peak" not in text
-    whole = results("sampler", videos_per_hour=1.8e6, measured_share=1.0)
-    assert "| step | 0.002 | 1800000 |" in reported(whole, tmp_path)
-
-
-def test_ours_in_another_way_is_no_peer(tmp_path: Path) -> None:
-    found = results("sampler", videos_per_hour=180000.0, measured_share=0.1)
-    found["benchmarks"][1]["extra_info"]["provider"] = "ours_cached"
-    text = reported(found, tmp_path)
-    assert "| error | ours cached, s/video | vs planted |" in text
-    assert "| 1e-06 | 0.05 | WRONG |" in text
-
-
-def test_samplers_are_groups_of_their_own() -> None:
-    (group,) = groups.groups(results("sampler", videos_per_hour=1.0, measured_share=0.5))
-    assert group.suite is groups.SAMPLERS and SAMPLERS.names
-    assert group.suite.duration(group.rows["ours"]) == 0.004

@@ -1,4 +1,4 @@
-"""How many samples a provider gets: as many as its time allows, between the least and the most."""
+"""How a call is measured: samples within the time allowed, and its peak memory."""
 
 from types import SimpleNamespace
 
@@ -50,3 +50,14 @@ def test_a_provider_takes_samples_until_its_time_is_up(clock: Clock, names: list
     samples = {name: outcome.samples["fwd"] for name, outcome in outcomes.items()}
     expected = {"quick": timing.MAX_SAMPLES, "slow": 8, "slowest": timing.MIN_SAMPLES}
     assert samples == {name: [SECONDS[name]] * n for name, n in expected.items()}
+
+
+def test_peak_memory_of_a_cpu_call() -> None:
+    held = []
+
+    def allocate() -> None:
+        held.append(torch.empty(1 << 20))
+        held.append(torch.empty(1 << 20))
+        held.clear()
+
+    assert timing.peak_memory([allocate, allocate], torch.device("cpu")) == 2 * 4 << 20
