@@ -3,9 +3,9 @@
     python bench/a100/static.py            the tables
     python bench/a100/static.py --write    renew bench/results/a100/static.md
 
-Every kernel is compiled for sm_80 in its shipped configuration, for bf16 and real rows. The hot
-loop is taken apart: which pipe of a multiprocessor is busy longest (`tests.aot.pipes`), and what
-share of the tensor peak or of the DRAM bandwidth that leaves.
+Every kernel is compiled for sm_80 in its shipped configuration, for bf16 and real rows. The
+instructions of its hot loop tell which pipe of a multiprocessor is busy longest
+(`tests.aot.pipes`), and what share of the tensor peak or of the DRAM bandwidth can be reached.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS = ROOT / "bench" / "results"
 TABLE = RESULTS / "a100" / "static.md"
 HEAD_DIMS = (64, 96, 128)  # of the models
 KINDS = ("tensor", "xu", "fp32", "integer", "conversion", "shared", "global", "shuffle", "control")
-# Time on an A100 over the replay of our loops' like: what published kernels reached.
+# What published kernels reached on an A100, over the replay of such loops.
 MEASURED_OVER_REPLAY = (0.75, 0.9)
 USEFUL = {"fwd": 1.0, "dq": 5 / 7, "dkdv": 5 / 7}  # the split backward makes 7 products for 5
 
@@ -143,7 +143,7 @@ def _memory_row(name: str, launch: Launch) -> list[str]:
     pipe, cycles = pipes.bound(hot)
     of_a_thread = widths(hot, "LDG") + widths(hot, "STG")  # bits: how many
     n_bytes = 32 * sum(bits * n for bits, n in of_a_thread.items()) // 8
-    # what DRAM brings to a sub-partition while its busiest pipe works on it
+    # bytes that DRAM brings to a sub-partition while its busiest pipe works
     dram = pipes.DRAM / (pipes.N_SM * 4 * pipes.CLOCK) * cycles
     found = pipes.mix(hot)
     return [
@@ -252,7 +252,7 @@ def _range(best: float, shares: tuple[float, float]) -> str:
 
 
 def report(jobs: int) -> str:
-    """The page; raises RuntimeError where a kernel does not compile."""
+    """The page `static.md`; raises RuntimeError where a kernel does not compile."""
     on_attention = list(inspect_all(attention_row, attention_cases(), jobs))
     on_memory = list(inspect_all(memory_rows, memory_cases(), jobs))
     if failed := [row for row in (*on_attention, *on_memory) if isinstance(row, str)]:

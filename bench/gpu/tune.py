@@ -1,10 +1,10 @@
-"""Finds launch configurations: candidates are compiled in parallel, checked, timed.
+"""Finds launch configurations: candidates are compiled in parallel, checked, and timed.
 
     python bench/gpu/tune.py [--only 'fwd-*,residual_norm_*'] [--output FILE]     on a GPU
 
-What was timed before is read back from FILE, so a run that is cut short goes on; exit status
-`CONTEXT_LOST` asks for one. It prints the entries for the families' ``configs.py``; the library
-itself never tunes at run time.
+It prints the entries for the families' ``configs.py``; the library never tunes at run time. Results
+are written to FILE as they come, and the next run goes on from there. Exit status `CONTEXT_LOST`
+asks for such a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bench.measure.workers import in_parallel  # noqa: E402
 from bench.report.files import RESULTS, folder_name, write  # noqa: E402
 
 SAMPLES, FINALISTS = 15, 4
-CONTEXT_LOST = 75  # exit status: a candidate took the GPU's context, start again for the others
+CONTEXT_LOST = 75  # exit status: a candidate lost the GPU's context, start again for the others
 UNFINISHED = "the process ended while this was timed"
 
 
@@ -43,7 +43,7 @@ def steps_of(case: Case, subject: Subject) -> list[timing.Step]:
 
 
 def compile_one(name: str, config: Any) -> str:
-    """In a process of its own: fills Triton's cache. The reason where it does not compile."""
+    """Fills Triton's cache, in a process of its own; returns why it does not compile, or ""."""
     subject = next(s for s in subjects() if s.name == name)
     try:
         with subject.forced(config):
@@ -52,7 +52,7 @@ def compile_one(name: str, config: Any) -> str:
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
         timing.clear_after_failure()
-        return ""  # too many at once; compiled or not, one alone has room
+        return ""  # too many processes at once; there is room for one alone
     except Exception as error:
         timing.clear_after_failure()
         return _reason(error)
@@ -60,9 +60,9 @@ def compile_one(name: str, config: Any) -> str:
 
 
 def time_one(case: Case, subject: Subject, config: Any) -> dict:
-    """Median milliseconds of the pass, or why the candidate is out.
+    """The median milliseconds of the pass, or the reason why there are none.
 
-    Kernels of one backward are timed together: the others add the same to every candidate.
+    A backward is timed as a whole: its other kernels add the same to every candidate.
     """
     function = subject.suite.providers["ours"].setup(case)
     try:
@@ -82,7 +82,7 @@ def _reason(error: Exception) -> str:
 
 
 def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
-    """The finalists once more, in turns: candidates timed minutes apart met different clocks."""
+    """Times the best candidates again, in turns, as clocks had drifted between them."""
     times: dict[int, list[float]] = {i: [] for i in range(len(finalists))}
     steps = steps_of(case, subject)
     for _ in range(SAMPLES):
@@ -95,7 +95,7 @@ def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
 def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
     """``{"subjects": {name: {"best": ..., "timed": [...]}}}``, written as it grows.
 
-    Raises ContextLost after a candidate that is the end of this process.
+    Raises ContextLost after a candidate with which this process loses the GPU.
     """
     stop = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability()
@@ -145,7 +145,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
 
 
 def precompile(jobs: list[tuple[str, Any]], seconds: float) -> dict[tuple[str, Any], str]:
-    """Why each job does not compile, "" where it does; those are absent that there is no time for.
+    """Why each job does not compile, or "". Jobs that there was no time for are absent.
 
     All processes share Triton's cache.
     """

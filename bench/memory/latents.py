@@ -63,7 +63,7 @@ class Renoise(MemoryCase):
         return {"alpha": ALPHA, "beta": BETA, **seed}
 
     def compared(self, inputs: Inputs, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Drawn noise differs, but sums to 0 over each block and has unit variance."""
+        """Drawn noise differs between providers; its block sums and its variance do not."""
         if not self.draws_noise:
             return outputs
         out, low = outputs[0].double(), inputs["x"].double()

@@ -1,4 +1,4 @@
-"""The registry: steps of all models, and their samplers."""
+"""`STEPS` of all models, and their samplers (`VIDEOS`), by set of shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bench.models.case import ModelStep
 
 FAMILIES = (pyramid_flow, repvideo, nova)
 
-# The most telling first: a run that is cut short has measured those.
+# The most important first, as a run may be cut short.
 STEPS: dict[str, tuple[ModelStep, ...]] = {
     "real": (
         *(step for family in FAMILIES for step in family.TRAININGS),

@@ -1,6 +1,6 @@
-"""What the page on the A100 says is what the machine code says; the model of the pipes is sane.
+"""The page on the A100 says what the machine code says; the model of the pipes is sane.
 
-As with the tables, the page is compared under the Triton version it names.
+The page is compared only under the Triton version that it names.
 """
 
 import json
@@ -23,10 +23,10 @@ from vidgen.shapes import REAL
 RENEW = "renew the page and review it: python bench/a100/static.py --write"
 pytestmark = pytest.mark.aot
 
-# Percent of the tensor peak. FlashAttention-2's loops replay at 70 and 80 forward and, with atomic
-# adds that are not counted, 61 and 68 backward.
+# The least replay, in percent of the tensor peak. FlashAttention-2's loops replay at 70 and 80
+# forward and, with atomic adds that are not counted, at 61 and 68 backward.
 REPLAY = {"fwd D 64": 74, "fwd D 128": 76, "dq D 64": 77, "dkdv D 64": 76, "dkdv D 128": 68}
-# What a step of a model calls.
+# The operators that a step of a model calls.
 OPS = ("residual_norm", "post_norm", "qk_norm_rope", "qk_norm_rope_joint")
 COUNTED = [case for case in CASES["reduced"] if case.variant in OPS]
 
@@ -86,7 +86,7 @@ def test_what_was_measured_elsewhere_is_on_the_page(rows: dict[str, list[str]]) 
 
 
 def test_a_measured_share_is_one_of_the_peak_of_an_a100(tmp_path: Path) -> None:
-    """Half of a peak of 400 TFLOP/s for 2 ms, 400 GFLOP, at half of 312 by the assumed shares."""
+    """200 TFLOP/s for 2 ms are 400 GFLOP, at half of the peak; here at half of 312 TFLOP/s."""
     info = {"op": "attention", "shape": "frames", "dtype": "bf16", "direction": "fwd"}
     info |= {"tflops": 200.0, "fraction_of_peak": 0.5, "median_ms": 2.0, "gpu": "NVIDIA H200"}
     found = [{**info, "provider": p} for p in ("ours", "flex")] + [{**info, "dtype": "fp16"}]
@@ -166,9 +166,9 @@ def test_the_busiest_pipe_bounds() -> None:
 
 
 def test_replay_waits_where_the_assembler_says() -> None:
-    # 8 cycles each, whoever issues them
+    # 8 cycles each, for any number of warps
     assert pipes.replay([line(HMMA, stall=2)] * 8) == 64
-    # one warp alone stalls 12 cycles after each, two fill the gaps of one another
+    # one warp alone stalls for 12 cycles after each; two fill each other's gaps
     slow = [line(HMMA, stall=12)] * 8
     assert pipes.replay(slow, n_warps=1) == 96
     assert pipes.replay(slow, n_warps=2) == 64

@@ -19,7 +19,7 @@ DENSE, EAGER = ATTENTION.providers["sdpa_dense"], MEMORY.providers["eager"]
 
 
 def off_by_one_key(case):
-    """A provider whose every query sees one key too few or too many."""
+    """A provider that flips whether queries see the last key."""
     mask = case.dense_mask()
     mask[:, -1] = ~mask[:, -1]
     return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
@@ -46,7 +46,7 @@ def test_a_wrong_provider_is_reported_as_wrong(shape, setup) -> None:
 
 
 def perturbed(call: MemoryCall):
-    """The right outputs but for one element."""
+    """Right outputs, except for one element."""
     right = EAGER.setup(call)
 
     def function(*leaves):
@@ -59,7 +59,7 @@ def perturbed(call: MemoryCall):
 
 
 def without_a_gradient(call: MemoryCall):
-    """Most of the gradient of the first input is lost."""
+    """Right outputs, with a tenth of the first input's gradient."""
     right = EAGER.setup(call)
     return lambda x, *others: right(x.detach() + 0.1 * (x - x.detach()), *others)
 

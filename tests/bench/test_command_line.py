@@ -33,7 +33,7 @@ def test_results_keep_the_contract(tmp_path: Path) -> None:
     chosen = [f"--shapes={','.join(expected)}", f"--providers={','.join(names)}"]
     command = [sys.executable, "-m", "pytest", "bench/", "-q", f"--benchmark-json={path}"]
     command += ["--shape-set=toy", *chosen]
-    # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist
+    # pytest-benchmark measures nothing in a worker of pytest-xdist
     kept = {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What a rented GPU must not lose: workers that die, results that grow, runs that are cut short."""
+"""Nothing is lost on a rented GPU when a worker dies or a run is cut short."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ ROW = {"op": "attention", "shape": "toy_frames", "dtype": "bf16", "direction": "
 
 
 def environment() -> dict[str, str]:
-    """pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist."""
+    """Hides pytest-xdist: pytest-benchmark measures nothing in a worker of it."""
     return {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
 
 
@@ -55,14 +55,14 @@ def obey(what, name):
 
 @pytest.fixture
 def obey(monkeypatch, tmp_path: Path):
-    """A function of a module that its processes import in no time."""
+    """A function in a module that is quick to import."""
     (tmp_path / "obedient.py").write_text(OBEY)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("obedient").obey
     del sys.modules["obedient"]
 
 
-def test_a_worker_that_dies_is_told_of_and_the_others_go_on(obey) -> None:
+def test_a_worker_that_dies_is_reported_and_the_others_go_on(obey) -> None:
     jobs = [("do", "a"), ("die", "b"), ("raise", "c"), ("lose the GPU", "d"), ("do", "e")]
     assert dict(workers.in_parallel(obey, jobs, n_workers=1)) == {
         ("do", "a"): "a done",
@@ -79,12 +79,12 @@ def test_what_takes_too_long_is_stopped(obey) -> None:
     assert time.monotonic() - start < 60
 
 
-# ---- a provider that takes the GPU's context with it
+# ---- a provider that loses the GPU's context
 
 
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU's, which is lost where a test says so."""
+    """The context of a GPU, which is lost when a test says so."""
     state = SimpleNamespace(lost=False)
 
     def synchronize() -> None:
@@ -97,7 +97,7 @@ def context(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> None:
+def test_only_the_provider_that_lost_the_context_is_blamed(context: SimpleNamespace) -> None:
     def lose(case):
         context.lost = True
         timing.torch.cuda.synchronize()
@@ -125,7 +125,7 @@ def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> N
     assert found["loses"].reason.startswith(LOST)
 
 
-def test_whoever_lost_the_context_is_left_out_of_a_new_start() -> None:
+def test_a_provider_that_lost_the_context_is_left_out_of_a_new_start() -> None:
     def row(provider: str, status: str, reason: str, **more) -> dict:
         return {**ROW, "provider": provider, "status": status, "reason": reason, **more}
 
@@ -148,7 +148,7 @@ def test_whoever_lost_the_context_is_left_out_of_a_new_start() -> None:
 
 
 def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
-    """In turns from all suites, joined to what an earlier run kept, without what is deselected."""
+    """All suites in turns, joined to the results of an earlier run, without deselected tests."""
     path = tmp_path / "kept.json"
     earlier = {**ROW, "provider": "eager", "status": "failed", "reason": "earlier"}
     path.write_text(json.dumps({"benchmarks": [], "not_measured": [earlier], "measuring": "x"}))
@@ -234,7 +234,7 @@ def test_a_process_that_takes_too_long_is_stopped_and_its_output_kept(tmp_path: 
 
 
 def test_files_whose_packages_are_absent_are_skipped(tmp_path: Path) -> None:
-    """Else pytest would run none of the others."""
+    """Otherwise pytest would not run the other files."""
     (tmp_path / "test_absent.py").write_text("import no_such_package\n")
     (tmp_path / "test_broken.py").write_text("1 / 0\n")
     (tmp_path / "test_fine.py").write_text("def test_it(): pass\n")
@@ -269,7 +269,7 @@ def test_it(i):
 
 
 def test_a_worker_that_lost_the_context_is_replaced(tmp_path: Path) -> None:
-    """It fails one test, ends with the next, and the others pass."""
+    """It fails one test and ends at the next; a new worker passes the others."""
     (tmp_path / "test_losing.py").write_text(LOSING)
     passed = tmp_path / "passed.txt"
     flags = [
@@ -337,7 +337,7 @@ def test_tuning_leaves_out_the_candidate_that_ended_the_process(
     path = tmp_path / "launch_configs.json"
 
     def die(config) -> dict:
-        raise KeyboardInterrupt  # as good as any end
+        raise KeyboardInterrupt  # stands for the end of the process
 
     with pytest.raises(KeyboardInterrupt):
         tuned(monkeypatch, path, die)

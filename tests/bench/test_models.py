@@ -1,4 +1,4 @@
-"""Steps of models and samplers as benchmarks: counted right, held against fp64, reported."""
+"""Steps of models and samplers as benchmarks: their tokens, their agreement, their compilation."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ def test_tokens_of_a_step_are_those_of_its_example(spec: TokenStep) -> None:
 
 
 def test_tokens_at_released_sizes() -> None:
-    """13 x 30 x 45 patches of 49 frames; 9 frames of 30 x 48 tokens, 3 clips."""
+    """RepVideo: 13 x 30 x 45 patches, 2 rows. NOVA: 3 clips of 9 frames of 30 x 48 tokens."""
     assert SIZES["480p"].latents == (13, 60, 90)
     assert KNOWN["repvideo_2b_480p"].work == {"tokens_per_s": 2 * 17550}
     assert KNOWN["nova_train_480p"].work == {"tokens_per_s": 3 * 9 * 1440}
@@ -75,7 +75,7 @@ def test_there_are_steps_of_every_model_in_every_set() -> None:
 
 
 def test_the_projected_work_of_a_video() -> None:
-    """Per hour as many videos as calls, times the share of a video that a call makes."""
+    """Videos per hour are calls per hour, times the share of a video that a call makes."""
     video = PyramidVideo("flux", "384p")
     assert video.measured_share == 0.1 and video.work == {"videos_per_hour": 360}
     assert KNOWN["repvideo_2b_video_480p"].measured_share == 2 / 50
@@ -93,7 +93,7 @@ def test_sampling_has_no_backward() -> None:
 
 
 def one_percent_off(case: ModelCase):
-    """Every attention, and every norm that has no attention before it."""
+    """Every attention is off, and every norm that follows no attention."""
 
     def off(op):
         return lambda *args, **options: 1.01 * op(*args, **options)
@@ -127,7 +127,7 @@ def test_a_gradient_that_is_only_rounding_is_in_units_of_the_others() -> None:
     ("name", "n_blocks"), [("flux_train_toy", 2), ("repvideo_5b_toy", 3), ("nova_train_toy", 8)]
 )
 def test_blocks_are_exchanged_with_the_parameters_of_the_model(name: str, n_blocks: int) -> None:
-    """As compilation does it, which takes minutes itself."""
+    """Blocks are wrapped as for compilation, which itself would take minutes."""
     case = ModelCase.make(KNOWN[name], torch.float32, CPU)
     called = []
 
@@ -147,7 +147,7 @@ def test_blocks_are_exchanged_with_the_parameters_of_the_model(name: str, n_bloc
 
 
 def test_blocks_of_a_kind_are_compiled_once() -> None:
-    """But the first, to which no update is pending. The backend compiles nothing."""
+    """Except for the first, which has no pending update. The backend compiles nothing."""
     limit = dynamo_config.recompile_limit
     spec = dataclasses.replace(KNOWN["cogvideox_2b_toy"], less=(1, 5))
     case = ModelCase.make(spec, torch.float32, CPU)
@@ -174,7 +174,7 @@ def test_a_twin_leaves_the_model_as_it_is() -> None:
 
 
 def test_training_reads_no_more_than_a_step() -> None:
-    """The reference's columns are those of the example, not drawn again."""
+    """The reference uses the columns of the example and does not draw new ones."""
     spec = PyramidTraining("flux", "toy", (1, 1), n_frames=3)
     case = ModelCase.make(spec, torch.float32, CPU)
     wide = spec.widened(case.example, torch.float64)

@@ -38,14 +38,14 @@ def test_visible_pairs_are_those_of_the_mask(shape) -> None:
 
 @pytest.mark.parametrize("case", CASES["reduced"], ids=lambda c: c.name)
 def test_floors_are_the_tensors_that_a_call_reads_and_writes(case: MemoryCase) -> None:
-    """What forward reads and writes, counted; vectors and positions make the small difference."""
+    """Counts what a forward reads and writes. Floors leave out vectors and positions."""
     with FakeTensorMode(), torch.no_grad():
         inputs = case.inputs(torch.bfloat16, "cpu")
         outputs = case.call(FUSED, inputs)
-    # older entries are for the backward, which sums them again
+    # the backward reads older entries, the forward only their sum
     read = [x for name, x in inputs.items() if not (name.startswith("older") and "total" in inputs)]
     n_bytes = sum(x.nbytes for x in read)
-    for x in outputs:  # v of a single stream stays where it is
+    for x in outputs:  # v of a single stream is a view
         is_view = any(x.untyped_storage()._cdata == y.untyped_storage()._cdata for y in read)
         n_bytes += -x.nbytes if is_view else x.nbytes
     assert n_bytes == pytest.approx(case.floor(torch.bfloat16).fwd, rel=0.01)
