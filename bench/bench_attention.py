@@ -1,7 +1,7 @@
 """Attention: ours against PyTorch's, over shapes x dtypes x directions x providers.
 
-``pytest bench/ --benchmark-json=FILE`` measures, ``pytest bench/ --benchmark-disable`` runs each
-once on a toy.
+``pytest bench/ --benchmark-json=FILE`` measures; ``pytest bench/ --benchmark-disable`` runs each
+provider once on toy shapes.
 """
 
 from __future__ import annotations

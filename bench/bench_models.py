@@ -1,7 +1,7 @@
 """Steps of whole models, over steps x dtypes x directions x providers.
 
-Work is the video tokens of a step, history included. For a step of training, forward is the loss
-without gradients, fwd+bwd the step itself; a step of sampling has no backward.
+Work is the video tokens of a step, history included. In training, ``fwd`` is the loss without
+gradients and ``fwd+bwd`` the whole step; a step of sampling has no backward.
 """
 
 from __future__ import annotations

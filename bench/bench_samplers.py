@@ -1,7 +1,7 @@
 """Seconds of a video, over samplers x dtypes x providers.
 
-From noise to latents, without text encoder and VAE. Of a long video an even share of the work is
-measured and the rest is projected; ``measured_share`` says how much.
+From noise to latents, without text encoder and VAE. An even share of a video's work is measured,
+and the time of the video is projected from it; ``measured_share`` says how much was measured.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Options of the benchmarks, and how samples measured elsewhere become pytest-benchmark results.
+"""Options of the benchmarks, and how measured samples get into the results of pytest-benchmark.
 
-pytest-benchmark times one function to its end before the next. Providers have to take turns
-instead, or clock drift decides who wins. So the first test of a group measures all its providers in
-turns (`measure_group`), and each test hands its own samples to pytest-benchmark through a clock
-that moves only by them: every statistic and the JSON are pytest-benchmark's own, computed from the
-interleaved samples.
+pytest-benchmark times one function to its end before the next. Our providers take turns instead, as
+clock drift would favour some. So the first test of a group measures all its providers in turns
+(`measure_group`). Each test then replays its own samples to pytest-benchmark, through a clock that
+only they move: statistics and JSON are pytest-benchmark's own.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import pytest
 import torch
 
 from bench import options
-from bench.measure import timing as measure
+from bench.measure import timing
 from bench.measure.failures import LOST, first_line
 from bench.measure.provider import Provider
 from bench.measure.timing import Outcome
 from bench.options import DTYPES, device
+from bench.report.files import write
 from bench.report.groups import merge
-from bench.report.report import write
 from bench.suites import Suite
 from vidgen.shapes import SETS
 
@@ -74,22 +73,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STARTED] = time.monotonic()
     kept = config.getoption("--keep")
     config.stash[EARLIER] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    options.check(config)  # a mistyped name is told at once
+    options.check(config)  # so that a mistyped name is reported at once
     if not torch.cuda.is_available():
-        torch.set_num_threads(measure.CPU_THREADS)
+        torch.set_num_threads(timing.CPU_THREADS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.filterwarnings("default"))  # peers warn as they like
+            item.add_marker(pytest.mark.filterwarnings("default"))  # peers may warn
             item.add_marker(pytest.mark.benchmark(timer=replay_clock))
-    if config.getoption("--keep"):  # cut short, such a run has the first shapes of every suite
+    if config.getoption("--keep"):  # if cut short, it has the first shapes of every suite
         items.sort(key=_position())
 
 
 def _position() -> Callable[[pytest.Item], int]:
-    """Of the spec of an item among those of its suite."""
+    """A sort key: the position of an item's spec in its suite."""
     specs: dict[Path, dict[str, int]] = {}
 
     def position(item: pytest.Item) -> int:
@@ -103,9 +102,9 @@ def _position() -> Callable[[pytest.Item], int]:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest):
-    """``measured(suite, spec, dtype, backward)``: what became of each provider of a group.
+    """``measured(suite, spec, dtype, backward)``: the outcomes of all providers of a group.
 
-    Tests of a group are neighbours, so one group is kept.
+    Tests of a group follow each other, so only the last group is kept.
     """
     config, last = request.config, {}
 
@@ -123,7 +122,7 @@ def measured(request: pytest.FixtureRequest):
             started, stop = config.stash[STARTED], config.getoption("--seconds")
             if time.monotonic() - started + suite.longest_seconds > stop:
                 last[key] = _all(selected, "postponed", "time is up")
-            elif measure.context_is_lost():
+            elif timing.context_is_lost():
                 last[key] = _all(selected, "postponed", LOST)
             else:
                 keep(config, measuring=spec.name)
@@ -143,12 +142,12 @@ def _measure(
 ) -> dict[str, Outcome]:
     try:
         case = suite.make(spec, DTYPES[dtype], device())
-    except Exception as error:  # out of memory: the next shape may fit
+    except Exception as error:  # such as out of memory: the next shape may fit
         reason = f"inputs: {type(error).__name__}: {first_line(error)[:200]}"
         return _all(providers, "failed", reason)
-    seconds = measure.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
+    seconds = timing.CUDA_SECONDS if device().type == "cuda" else suite.cpu_seconds
     once = config.getoption("benchmark_disable")
-    return measure.measure_group(case, backward, providers, seconds, once, suite.graphs)
+    return timing.measure_group(case, backward, providers, seconds, once, suite.graphs)
 
 
 def _all(providers: list[Provider], status: str, reason: str) -> dict[str, Outcome]:
@@ -156,7 +155,7 @@ def _all(providers: list[Provider], status: str, reason: str) -> dict[str, Outco
 
 
 def keep(config: pytest.Config, measuring: str | None) -> None:
-    """Writes what there is so far, and which shape comes now: a run may die of it."""
+    """Writes the results so far, and the shape that is measured now, as it may end the process."""
     path = config.getoption("--keep")
     if not path:
         return
@@ -182,9 +181,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def record(benchmark, request: pytest.FixtureRequest):
-    """``record(outcome, labels, dtype, work)``: the samples, or why there are none.
+    """``record(outcome, labels, dtype, work)``: reports the samples, or why there are none.
 
-    ``work`` is one number by the name of its rate; a share of the peak is told where there is one.
+    ``work`` is one number by the name of its rate. Where the rate has a peak, so does the result.
     """
 
     def record(
@@ -217,8 +216,8 @@ def record(benchmark, request: pytest.FixtureRequest):
         median = benchmark.stats.stats.median
         ((unit, amount),) = work.items()
         rate = amount / median
-        if unit in measure.RATES:
-            more["fraction_of_peak"] = rate / measure.peak(unit, DTYPES[dtype], device())
+        if unit in timing.RATES:
+            more["fraction_of_peak"] = rate / timing.peak(unit, DTYPES[dtype], device())
         benchmark.extra_info.update(
             **labels,
             **{unit: rate},
@@ -226,7 +225,7 @@ def record(benchmark, request: pytest.FixtureRequest):
             peak_memory_mb=outcome.peak_memory_mb,
             max_error=outcome.max_error,
             launch=outcome.launch,
-            **measure.environment(),
+            **timing.environment(),
             **more,
         )
 
@@ -234,9 +233,9 @@ def record(benchmark, request: pytest.FixtureRequest):
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info.pop("node", None)  # the host's name is nobody's business
+    machine_info.pop("node", None)  # results are published without the host's name
     load = os.getloadavg()[0]  # ours included
-    machine_info.update(measure.environment(), threads=torch.get_num_threads(), load=load)
+    machine_info.update(timing.environment(), threads=torch.get_num_threads(), load=load)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks, output_json: dict) -> None:

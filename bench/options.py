@@ -1,4 +1,7 @@
-"""What a run measures: the command-line options, as specs, dtypes and providers."""
+"""Turns the command-line options into what a run measures: specs, dtypes and providers.
+
+`conftest.py` defines the options; every ``bench_<suite>.py`` calls `parametrize`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def parametrize(metafunc: pytest.Metafunc, suite: Suite) -> None:
 
 
 def check(config: pytest.Config) -> None:
-    """Raises UsageError where a name or pattern means nothing to what is going to run."""
+    """Raises UsageError for a name or pattern that the suites to run do not know."""
     suites = [s for s in SUITES.values() if f"bench_{s.name}.py" in " ".join(config.args)]
     suites = suites or list(SUITES.values())
     patterns = _option(config, "--shapes")
@@ -70,7 +73,7 @@ def chosen_dtypes(config: pytest.Config) -> list[str]:
 
 
 def chosen_providers(config: pytest.Config, suite: Suite) -> list[str]:
-    """Those named, in the suite's order, else all that run here by default."""
+    """The providers named, in the suite's order, or all that run here by default."""
     wanted = _names(config, "--providers")
     return [
         provider.name

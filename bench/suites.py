@@ -1,5 +1,7 @@
-"""The suites: attention and how it scales; operators bound by memory; steps of whole models, and
-whole videos."""
+"""The five suites: what each measures, with which providers.
+
+Run by path, it lists the providers and why this machine lacks some; `vidgen info` shows that.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,14 @@ def directions(spec: Any) -> tuple[Direction, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """Everything that one ``bench_<name>.py`` runs over. A spec is a shape, or an op at one."""
+    """Everything that one ``bench_<name>.py`` runs. A spec is a shape, or an operator at one."""
 
     name: str
     sets: dict[str, tuple[Any, ...]]  # specs with a `name`
     providers: dict[str, Provider]
-    make: Callable[[Any, torch.dtype, torch.device], Any]  # a `Case`
+    make: Callable[[Any, torch.dtype, torch.device], Any]  # makes a `Case` of a spec
     cpu_seconds: float  # per provider, direction and spec
-    longest_seconds: float = 60  # that a spec may take on a GPU in one direction, with compiling
+    longest_seconds: float = 60  # for a spec and direction on a GPU, with compiling
     graphs: bool = True  # a GPU replays CUDA graphs
 
     @property
@@ -48,7 +50,7 @@ class Suite:
 
     @property
     def compiles(self) -> bool:
-        """Whether there is anything to compile ahead of a benchmark."""
+        """Whether there is anything to compile before a benchmark."""
         return any(provider.compiles for provider in self.providers.values())
 
     def find(self, name: str) -> Any:
@@ -57,7 +59,7 @@ class Suite:
 
 ATTENTION = Suite("attention", SETS, ATTENTION_PROVIDERS, AttentionCase.make, 1.0)
 MEMORY = Suite("memory", CASES, MEMORY_PROVIDERS, MemoryCall.make, 0.2)
-# A graph would keep the activations of a step alive, for each provider.
+# A graph of a step would keep its activations, and each provider has one.
 MODELS = Suite("models", STEPS, MODEL_PROVIDERS, ModelCase.make, 0.5, 150, graphs=False)
 SAMPLERS = Suite("samplers", VIDEOS, MODEL_PROVIDERS, ModelCase.make, 0.5, 250, graphs=False)
 # A CPU would spend minutes on compiling FlexAttention for every size.
@@ -69,7 +71,7 @@ SCALING = Suite("scaling", POINTS, SCALING_PROVIDERS, make_case, 0.3)
 SUITES = {suite.name: suite for suite in (ATTENTION, MEMORY, MODELS, SAMPLERS, SCALING)}
 
 
-if __name__ == "__main__":  # `vidgen info`: what each is, and why this machine lacks it if it does
+if __name__ == "__main__":
     this_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for suite in SUITES.values():
         print(f"  {suite.name}")

@@ -2,8 +2,8 @@
 
     python profiling/paste.py profiling/README.md
 
-A block that begins with ``    $ command`` is run and what it prints, at most `WIDTH` columns, takes
-the place of the lines below it. Output that people typed grows stale; this is renewed by a command.
+The command of every block that begins with ``    $ command`` is run, and what it prints replaces
+the lines below it, cut to `WIDTH` columns and `LINES` lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 110  # columns kept
 LINES = 20
 BLOCK = re.compile(r"^    \$ (?P<command>.+)\n(?:    .*\n)*", re.MULTILINE)
-NOISE = re.compile(r"^(USDT|\[W)|^[\s-]+$|^/tmp/")  # of libraries; rules of tables; file names
+NOISE = re.compile(r"^(USDT|\[W)|^[\s-]+$|^/tmp/")  # libraries, rules of tables, file names
 
 
 def commands(text: str) -> list[str]:
@@ -27,12 +27,13 @@ def commands(text: str) -> list[str]:
 
 
 def output(command: str) -> list[str]:
-    """What it prints, without libraries' noise. Raises CalledProcessError where it fails."""
+    """What a command prints, without libraries' noise. Raises CalledProcessError if it fails."""
     program, _, arguments = command.partition(" ")
     words = {"vidgen": f"{sys.executable} -m vidgen.cli", "python": sys.executable}[program]
     line = f"{words} {arguments}"
     done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = done.stdout.replace(sys.executable, "python").replace(f"{ROOT}/", "")  # this machine's
+    # without the paths of this machine
+    text = done.stdout.replace(sys.executable, "python").replace(f"{ROOT}/", "")
     lines = [line.rstrip() for line in text.splitlines()]
     kept = [line for line in lines if line and not NOISE.match(line)][:LINES]
     return [part for line in kept for part in _fit(line)]
@@ -61,7 +62,7 @@ def main() -> int:
     text = args.document.read_text()
     for command in commands(text):
         print(command, file=sys.stderr)
-    whole = pasted(text)  # all commands, before the document is touched
+    whole = pasted(text)  # the document stays as it is if a command fails
     args.document.write_text(whole)
     return 0
 

@@ -3,9 +3,9 @@
     with ranges.enabled(model):
         model(x).sum().backward()
 
-Nsight shows and filters them, in the domain ``vidgen`` if the nvtx package is there, else in the
-default one; torch.profiler shows them as annotations. Nothing is installed outside the ``with``: a
-program pays only for ranges it asks for, and torch.compile never meets them.
+Nsight shows them and can filter by them: in the domain ``vidgen`` if the nvtx package is there,
+else in the default one. torch.profiler shows them as annotations. Outside the ``with`` there are no
+hooks and no modes, so a program pays only for the ranges it asks for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def region(name: str) -> Iterator[None]:
 
 @contextmanager
 def _overlapping(name: str) -> Iterator[None]:
-    """A range that need not nest: autograd may start one module before it ends another."""
+    """A range that need not be nested: autograd may start one module before it ends another."""
     with record_function(name):
         handle = _nvtx().start(name)
         try:
@@ -73,11 +73,11 @@ def _overlapping(name: str) -> Iterator[None]:
 
 
 class _OpRanges(TorchDispatchMode):
-    """Below autograd and, since autograd hands modes on to its threads, in backward too."""
+    """Works below autograd, and in backward too, as autograd passes modes on to its threads."""
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        # A compiled model shows its ranges when it runs, and would not compile under other modes.
+        # Then a model compiles under this mode, and its ranges show when it runs.
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -88,7 +88,7 @@ class _OpRanges(TorchDispatchMode):
 
 @contextmanager
 def _module_ranges(name: str, module: nn.Module) -> Iterator[None]:
-    """Hooks on one module, a range per call and pass. A stack, as modules may call themselves."""
+    """Hooks on one module: a range per call and pass. A stack, as modules may call themselves."""
     forward, backward = [], []
 
     def start(stack: list, make_range: Callable, range_name: str, *_) -> None:
@@ -126,7 +126,7 @@ def enabled(model: nn.Module | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         if model is not None:
             stack.enter_context(warnings.catch_warnings())
-            # True of every first module, and meant for hooks that look at gradients.
+            # The first module always gets this warning, meant for hooks that look at gradients.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             for name, module in model.named_modules():
                 stack.enter_context(_module_ranges(name or type(model).__name__, module))

@@ -4,8 +4,8 @@
     --mode nsys    a timeline, by Nsight Systems
     --mode ncu     counters and source lines of each kernel, by Nsight Compute
 
-Compilation and warm-up come first; Nsight records only what lies between cudaProfilerStart and
-cudaProfilerStop, torch.profiler the same calls.
+Compilation and warm-up come first. Nsight records only what runs between cudaProfilerStart and
+cudaProfilerStop; torch.profiler records the same calls.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(case: Case, function: Function, direction: str) -> Callable[[int], Callable[[], None]]:
-    """``prepare(...)(n)`` does all that is not profiled and returns the ``n`` calls that are."""
+    """``prepare(...)(n)`` does all that is not profiled, and returns the ``n`` calls that are."""
     leaves = [x.detach().requires_grad_(direction != "fwd") for x in case.leaves]
 
     def forward() -> tuple[torch.Tensor, ...]:
@@ -152,7 +152,7 @@ def prepare(case: Case, function: Function, direction: str) -> Callable[[int], C
 
 @contextmanager
 def recorded(device: torch.device, model: nn.Module | None) -> Iterator[None]:
-    """The region that nsys and ncu record, with named ranges; all its kernels end inside."""
+    """The region that nsys and ncu record, with named ranges; it waits for all its kernels."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(WARM_UP):
         calls(1)()
     work = calls(args.calls)
-    record = recorded(args.device, getattr(function, "model", None))  # of a whole step
+    record = recorded(args.device, getattr(function, "model", None))  # whole steps have a model
     if args.mode == "torch":
         by_torch(work, record, stem)
     else:

@@ -1,7 +1,7 @@
-"""What calls would take on an A100 if kernels reached the share of its peak that they reach on
-another GPU, where they were measured.
+"""Calls measured on other GPUs, projected to an A100; `static.py` shows the result.
 
-It takes the files that `bench/report/` leaves in ``bench/results/<gpu>/``; ours alone, in bf16.
+It assumes that our kernels reach the same share of the peak there. It reads ours in bf16 from the
+files that `bench/report/` writes to ``bench/results/<gpu>/``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from bench.report.groups import OURS, Group, groups
 HEADERS = ["call, measured on", "fwd, of peak", "bwd, of peak", "fwd", "bwd"]
 DIRECTIONS = "fwd", "bwd"
 
-# A unit's peak on an A100, low and high
+# Unit -> its peak on an A100, low and high
 Peaks = dict[str, tuple[float, float]]
 
 
 def files(results: Path) -> Iterator[Path]:
-    """Those with shares of a GPU's peak."""
+    """Results with shares of a GPU's peak."""
     for folder in sorted(results.glob("nvidia-*")):
         paths = (folder / f"{suite}.json" for suite in ("attention", "memory"))
         yield from filter(Path.exists, paths)
 
 
 def projections(results: Path, peaks: Peaks) -> list[list[str]]:
-    """Rows under `HEADERS`; milliseconds."""
+    """Rows under `HEADERS`; times are milliseconds."""
     rows = []
     for path in files(results):
         found: dict[str, dict[str, Group]] = {}
@@ -48,7 +48,7 @@ def _row(shape: str, found: dict[str, Group], peaks: Peaks) -> list[str]:
             times.append("-")
             continue
         row, unit = group.rows[OURS], group.suite.rate
-        work = row[unit] * row["median_ms"]  # of the call: rate by time
+        work = row[unit] * row["median_ms"]  # of the call: rate times time
         low, high = (work / (row["fraction_of_peak"] * peak) for peak in reversed(peaks[unit]))
         shares.append(f"{row['fraction_of_peak']:.0%}")
         times.append(f"{low:.3g} to {high:.3g}")

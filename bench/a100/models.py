@@ -1,11 +1,12 @@
 """One step of each model on an A100, projected from the operators that it calls.
 
-Nothing is computed: a model of released size runs on fake tensors, and what each operator would
-multiply and move is counted. Each takes as long as the slower of the two.
+`static.py` shows the result. Nothing is computed: a model of released size runs on fake tensors,
+and the arithmetic and the memory traffic of each operator are counted. An operator takes as long as
+the slower of the two.
 
-* linear layers: their operations at the share of the dense tensor peak that cuBLAS is taken to
-  reach, which is an assumption; their weights and rows, once, from DRAM
-* attention: visible pairs at the projected rate of our kernel
+* linear layers: their operations, at the share of the dense tensor peak that cuBLAS is assumed to
+  reach; their weights and rows, moved once
+* attention: visible pairs, at the projected rate of our kernel
 * our other operators, and PyTorch's: tensors read and written, once per call
 """
 
@@ -28,6 +29,7 @@ from bench.models.case import TokenStep, Way
 from bench.models.nova import NovaSet
 from bench.models.pyramid_flow import TOY, PyramidEvaluation
 from bench.models.repvideo import RepVideoEvaluation
+from bench.report.columns import three_digits
 from tests.aot import pipes
 from vidgen.nova.checks.example_steps import CONFIGS
 from vidgen.nova.model.transformer import NovaTransformer
@@ -45,13 +47,13 @@ Range = tuple[float, float]
 
 
 class Step(NamedTuple):
-    """An evaluation with guidance, and how its model comes about without numbers."""
+    """An evaluation with guidance, and how its model is built on fake tensors."""
 
     spec: TokenStep
     build: Callable[[Ops], nn.Module]
     way: Way = "ours"
-    mask: str = ""  # the shape that says how many pairs are visible; without one, all are
-    thin: TokenStep | None = None  # makes real inputs for a model that looks at their values
+    mask: str = ""  # the shape with as many visible pairs; without one, all are visible
+    thin: TokenStep | None = None  # makes real inputs, where the model looks at their values
 
 
 FLUX = PyramidEvaluation("flux", "768p", unit=15, stage=2)
@@ -70,7 +72,7 @@ STEPS = (
 
 @dataclass
 class Call:
-    """What one operator does."""
+    """The work of one operator."""
 
     part: str  # of `PARTS`
     flops: float
@@ -79,15 +81,15 @@ class Call:
 
 
 class Counted(TorchDispatchMode):
-    """Every operator that runs inside, below autograd; views and empty tensors cost nothing."""
+    """Counts every operator that runs inside; views and empty tensors cost nothing."""
 
     def __init__(self, pairs: Callable[[Tensor, Tensor], float]) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.pairs = pairs  # visible ones of q and k
+        self.pairs = pairs  # how many are visible, of q and k
 
     def ops(self) -> Ops:
-        """Ours, but for an attention that is only counted: a mask of fake tensors has no edges."""
+        """Ours, but attention is only counted: a mask cannot be built of fake tensors."""
         return FUSED._replace(attention=self.attention, interval_attention=self.attention)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
@@ -99,7 +101,7 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace == "prim" or "empty" in func.__name__:  # a device that is asked for
+        if func.namespace == "prim" or "empty" in func.__name__:  # prim: asks for a device
             return out
         read, written = _tensors((args, kwargs)), _tensors(out)
         if not written or _is_view(func, read, written):
@@ -151,7 +153,7 @@ def counted(step: Step) -> list[Call]:
 
 @contextmanager
 def _bf16() -> Iterator[None]:
-    """Fake parameters cannot change their dtype, so they get it at once."""
+    """Makes bf16 the default dtype: fake parameters cannot be converted later."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -161,9 +163,10 @@ def _bf16() -> Iterator[None]:
 
 
 def projected(calls: Sequence[Call], attention: Callable[[int], Range], copy: Range) -> list[str]:
-    """TFLOP and GB of the parts; their milliseconds; those of the step.
+    """A row under `HEADERS`: TFLOP and GB of the parts, then milliseconds of parts and step.
 
-    ``attention(head_dim)`` is TFLOP/s, ``copy`` shares of the DRAM bandwidth; both low and high.
+    ``attention(head_dim)`` is in TFLOP/s, ``copy`` in shares of the DRAM bandwidth; both are a low
+    and a high value.
     """
     flops: dict[str, float] = {part: 0.0 for part in PARTS}
     n_bytes = dict(flops)
@@ -180,14 +183,10 @@ def projected(calls: Sequence[Call], attention: Callable[[int], Range], copy: Ra
             times[call.part][i] += 1e3 * seconds
     total = [math.fsum(times[part][i] for part in PARTS) for i in range(2)]
     return [
-        *(_digits(flops[part] / 1e12) for part in ("linear", "attention")),
-        *(_digits(n_bytes[part] / 1e9) for part in ("ours", "other")),
-        *(f"{_digits(high)} to {_digits(low)}" for low, high in (*times.values(), total)),
+        *(three_digits(flops[part] / 1e12) for part in ("linear", "attention")),
+        *(three_digits(n_bytes[part] / 1e9) for part in ("ours", "other")),
+        *(f"{three_digits(high)} to {three_digits(low)}" for low, high in (*times.values(), total)),
     ]
-
-
-def _digits(x: float) -> str:
-    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
 HEADERS = [

@@ -3,15 +3,16 @@
     python bench/a100/static.py            the tables
     python bench/a100/static.py --write    renew bench/results/a100/static.md
 
-Every kernel is compiled for sm_80 in its shipped configuration, for bf16 and real rows. The hot
-loop is taken apart: which pipe of a multiprocessor is busy longest (`tests.aot.pipes`), and what
-share of the tensor peak or of the DRAM bandwidth that leaves.
+Every kernel is compiled for sm_80 in its shipped configuration, for bf16 and real rows. The
+instructions of its hot loop tell which pipe of a multiprocessor is busy longest
+(`tests.aot.pipes`), and what share of the tensor peak or of the DRAM bandwidth can be reached.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,21 +21,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing i
 import torch  # noqa: E402
 import triton  # noqa: E402
 
-from bench.a100 import measured as a100_measured  # noqa: E402
-from bench.a100 import models as a100_models  # noqa: E402
+from bench.a100 import measured, models  # noqa: E402
 from bench.memory.registry import CASES  # noqa: E402
-from tests.aot import attention as aot  # noqa: E402
-from tests.aot import compile as aot_compile  # noqa: E402
-from tests.aot import pipes  # noqa: E402
-from tests.aot import rows as aot_rows  # noqa: E402
-from tests.aot.compile import Instruction  # noqa: E402
+from tests.aot import attention, pipes, rows  # noqa: E402
+from tests.aot.compile import (  # noqa: E402
+    Instruction,
+    Launch,
+    inspect_all,
+    machine_code,
+    markdown,
+    widths,
+)
 from vidgen.shapes import REAL  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 TABLE = RESULTS / "a100" / "static.md"
 HEAD_DIMS = (64, 96, 128)  # of the models
 KINDS = ("tensor", "xu", "fp32", "integer", "conversion", "shared", "global", "shuffle", "control")
-# Time on an A100 over the replay of our loops' like: what published kernels reached.
+# What published kernels reached on an A100, over the replay of such loops.
 MEASURED_OVER_REPLAY = (0.75, 0.9)
 USEFUL = {"fwd": 1.0, "dq": 5 / 7, "dkdv": 5 / 7}  # the split backward makes 7 products for 5
 
@@ -70,16 +74,18 @@ is slower than any pipe.
 """
 
 
-def attention_cases() -> list[aot.Case]:
-    return [aot.Case(kernel, "bfloat16", d, 80) for kernel in aot.KERNELS for d in HEAD_DIMS]
+def attention_cases() -> list[attention.Case]:
+    return [
+        attention.Case(kernel, "bfloat16", d, 80) for kernel in attention.KERNELS for d in HEAD_DIMS
+    ]
 
 
-def attention_row(case: aot.Case) -> list[str]:
-    kernel = aot.compile_case(case)
-    code = aot_compile.machine_code(kernel)
+def attention_row(case: attention.Case) -> list[str]:
+    kernel = attention.compile_case(case)
+    code = machine_code(kernel)
     launch, shared = case.launch, kernel.metadata.shared
-    products = aot.products_of_tile(case)
-    sweep = aot.main_sweeps(code.sass, products)[-1]
+    products = attention.products_of_tile(case)
+    sweep = attention.main_sweeps(code.sass, products)[-1]
     warps = pipes.occupancy(code.registers, shared, launch.num_warps)
     tensor = 8 * products  # cycles the useful products take
     name, cycles = pipes.bound(sweep)
@@ -104,7 +110,7 @@ def _per_product(sweep: list[Instruction], products: float) -> list[str]:
     return [f"{found[kind] / products:.2f}" for kind in KINDS]
 
 
-ATTENTION = [
+ATTENTION_HEADERS = [
     "kernel",
     "tile, warps, stages",
     "registers",
@@ -119,30 +125,25 @@ ATTENTION = [
 ]
 
 
-def memory_cases() -> list[aot_rows.Case]:
-    return [case for case in aot_rows.cases() if case.dtype == "bfloat16" and case.arch == 80]
+def memory_cases() -> list[rows.Case]:
+    return [case for case in rows.cases() if case.dtype == "bfloat16" and case.arch == 80]
 
 
-def memory_rows(case: aot_rows.Case) -> list[list[str]]:
+def memory_rows(case: rows.Case) -> list[list[str]]:
     return [
         _memory_row(f"{name}, {case.memory.name}", launch)
-        for name, launch in aot_rows.kernels(case).items()
+        for name, launch in rows.kernels(case).items()
     ]
 
 
-def _memory_row(name: str, launch: aot_compile.Launch) -> list[str]:
-    code = aot_compile.machine_code(launch.compiled)
-    hot, _ = aot_rows.hot_loop(code.sass)
+def _memory_row(name: str, launch: Launch) -> list[str]:
+    code = machine_code(launch.compiled)
+    hot, _ = rows.hot_loop(code.sass)
     shared, n_warps = launch.compiled.metadata.shared, launch.compiled.metadata.num_warps
     pipe, cycles = pipes.bound(hot)
-    n_bytes = (
-        32
-        // 8
-        * sum(  # of a warp
-            bits * n for kind in ("LDG", "STG") for bits, n in aot_compile.widths(hot, kind).items()
-        )
-    )
-    # what DRAM brings to a sub-partition while its busiest pipe works on it
+    of_a_thread = widths(hot, "LDG") + widths(hot, "STG")  # bits: how many
+    n_bytes = 32 * sum(bits * n for bits, n in of_a_thread.items()) // 8
+    # bytes that DRAM brings to a sub-partition while its busiest pipe works
     dram = pipes.DRAM / (pipes.N_SM * 4 * pipes.CLOCK) * cycles
     found = pipes.mix(hot)
     return [
@@ -156,7 +157,7 @@ def _memory_row(name: str, launch: aot_compile.Launch) -> list[str]:
     ]
 
 
-MEMORY = [
+MEMORY_HEADERS = [
     "kernel, operator and shape",
     "warps",
     "registers",
@@ -186,25 +187,26 @@ not get below the first figure; launches, tails and clocks come on top of the se
 """
 
 
-def replays(attention: list[list[str]]) -> dict[str, float]:
-    """Shares of the tensor peak, by kernel and head dim."""
-    return {row[0]: float(row[ATTENTION.index("replay")].rstrip("%")) / 100 for row in attention}
+def replays(table: list[list[str]]) -> dict[str, float]:
+    """Shares of the tensor peak in rows of `attention_row`, by kernel and head dim."""
+    column = ATTENTION_HEADERS.index("replay")
+    return {row[0]: float(row[column].rstrip("%")) / 100 for row in table}
 
 
-def projections(attention: list[list[str]]) -> list[list[str]]:
-    """Rows of shape, forward and backward, of all real shapes that the models make."""
-    replay, rows = replays(attention), []
+def projections(replay: dict[str, float]) -> list[list[str]]:
+    """Rows of shape, forward and backward, for all real shapes of the models."""
+    found = []
     for shape in REAL:
         times = []
         for kernels in PASSES.values():
             cycles = sum(PRODUCTS[k] / replay[f"{k} D {shape.head_dim}"] for k in kernels)
             times.append(1e3 * shape.flops("fwd") * cycles / pipes.TENSOR_PEAK)
-        rows.append([shape.name, *(_range(t, MEASURED_OVER_REPLAY) for t in times)])
+        found.append([shape.name, *(_range(t, MEASURED_OVER_REPLAY) for t in times)])
     for case in CASES["real"]:
         floor = case.floor(torch.bfloat16)
         times = (1e3 * n_bytes / pipes.DRAM for n_bytes in floor)
-        rows.append([case.name, *(_range(t, COPY) if t else "-" for t in times)])
-    return rows
+        found.append([case.name, *(_range(t, COPY) if t else "-" for t in times)])
+    return found
 
 
 # ---- projection of a model's step
@@ -215,17 +217,17 @@ ON_STEPS = f"""\
 **Not measured.** One evaluation with guidance at released size, in bf16: every operator that it
 calls takes as long as the slower of its arithmetic and its memory. Attention and what is bound by
 memory: as above, PyTorch's own operators (*other*: activations, copies) included. Linear layers:
-{a100_models.CUBLAS[0]:.0%} to {a100_models.CUBLAS[1]:.0%} of the dense tensor peak. Large products
+{models.CUBLAS[0]:.0%} to {models.CUBLAS[1]:.0%} of the dense tensor peak. Large products
 of cuBLAS are assumed to reach that; it was not measured. Launches, tails and clocks come on top.
 """
 
 
-def step_row(step: a100_models.Step, replay: dict[str, float]) -> list[str]:
-    def attention(head_dim: int) -> tuple[float, float]:
+def step_row(step: models.Step, replay: dict[str, float]) -> list[str]:
+    def rates(head_dim: int) -> tuple[float, float]:
         rate = pipes.TENSOR_PEAK / 1e12 * replay[f"fwd D {head_dim}"]
         return MEASURED_OVER_REPLAY[0] * rate, MEASURED_OVER_REPLAY[1] * rate
 
-    return [step.spec.name, *a100_models.projected(a100_models.counted(step), attention, COPY)]
+    return [step.spec.name, *models.projected(models.counted(step), rates, COPY)]
 
 
 # ---- projection of what was measured elsewhere
@@ -239,9 +241,9 @@ matrix products and copies reach, which is assumed as above.
 
 
 def measured_rows(results: Path) -> list[list[str]]:
-    low, high = (share * pipes.TENSOR_PEAK / 1e12 for share in a100_models.CUBLAS)
+    low, high = (share * pipes.TENSOR_PEAK / 1e12 for share in models.CUBLAS)
     copies = COPY[0] * pipes.DRAM / 1e9, COPY[1] * pipes.DRAM / 1e9
-    return a100_measured.projections(results, {"tflops": (low, high), "gbps": copies})
+    return measured.projections(results, {"tflops": (low, high), "gbps": copies})
 
 
 def _range(best: float, shares: tuple[float, float]) -> str:
@@ -250,25 +252,26 @@ def _range(best: float, shares: tuple[float, float]) -> str:
 
 
 def report(jobs: int) -> str:
-    """The page; raises RuntimeError where a kernel does not compile."""
-    attention = list(aot_compile.inspect_all(attention_row, attention_cases(), jobs))
-    memory = list(aot_compile.inspect_all(memory_rows, memory_cases(), jobs))
-    if failed := [row for row in (*attention, *memory) if isinstance(row, str)]:
+    """The page `static.md`; raises RuntimeError where a kernel does not compile."""
+    on_attention = list(inspect_all(attention_row, attention_cases(), jobs))
+    on_memory = list(inspect_all(memory_rows, memory_cases(), jobs))
+    if failed := [row for row in (*on_attention, *on_memory) if isinstance(row, str)]:
         raise RuntimeError("; ".join(failed))
-    steps = [step_row(step, replays(attention)) for step in a100_models.STEPS]
+    replay = replays(on_attention)
+    steps = [step_row(step, replay) for step in models.STEPS]
     sections = (
         INTRODUCTION.format(version=triton.__version__),
         ON_ATTENTION,
-        aot_compile.markdown([ATTENTION, *attention]),
+        markdown([ATTENTION_HEADERS, *on_attention]),
         ON_MEMORY,
-        aot_compile.markdown([MEMORY, *(row for rows in memory for row in rows)]),
+        markdown([MEMORY_HEADERS, *chain.from_iterable(on_memory)]),
         ON_CALLS.format(*COPY),
-        aot_compile.markdown([["call", "fwd", "bwd"], *projections(attention)]),
+        markdown([["call", "fwd", "bwd"], *projections(replay)]),
         ON_STEPS,
-        aot_compile.markdown([a100_models.HEADERS, *steps]),
+        markdown([models.HEADERS, *steps]),
     )
-    if measured := measured_rows(RESULTS):
-        sections += (ON_MEASURED, aot_compile.markdown([a100_measured.HEADERS, *measured]))
+    if elsewhere := measured_rows(RESULTS):
+        sections += (ON_MEASURED, markdown([measured.HEADERS, *elsewhere]))
     return "\n".join(sections)
 
 

@@ -1,8 +1,7 @@
-"""One attention call with real tensors, and the reference that every provider is held against.
+"""One attention call with real tensors, and the reference that every provider is compared with.
 
-The reference says what a mask means on its own, by block numbers, so that it also checks our masks.
-It looks at sampled query rows only: nothing here is ever T x T, except the dense mask that a
-baseline asks for.
+The reference derives visibility from block numbers, not from our masks, so that it checks them too.
+It computes sampled query rows only: nothing here is T x T, except the dense mask of a baseline.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class AttentionCase:
     k: Tensor
     v: Tensor
     do: Tensor
-    rank: Tensor | None  # int64 [T] of `sets`, in generation order, so not sorted
+    rank: Tensor | None  # int64 [T] for `sets`, in image order, so not sorted
 
     @classmethod
     def make(cls, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> AttentionCase:
@@ -148,9 +147,7 @@ class Reference:
         key = torch.arange(case.shape.n_keys, device=case.device)
         visible = case.visible(rows[:, None], key[None])
         parts = []
-        for b in range(
-            case.shape.batch
-        ):  # one batch row at a time: fp64 copies of k and v are large
+        for b in range(case.shape.batch):  # by rows of the batch: fp64 copies of k and v are large
             q, do = (x[b][:, rows].double() for x in (case.q, case.do))
             k, v = (x[b].double() for x in (case.k, case.v))
             parts.append(_dense_rows(q, k, v, do, visible))
@@ -177,7 +174,7 @@ def shuffled_ranks(shape: AttentionShape) -> Tensor:
 
 
 def _sample_rows(shape: AttentionShape) -> Tensor:
-    """Random rows, and first and last queries of a few blocks: there a mask goes wrong first."""
+    """Random rows, and first and last queries of a few blocks, where masks go wrong first."""
     generator = torch.Generator().manual_seed(1)
     edges = torch.tensor(
         [edge for s in shape.segments for edge in (s.queries.start, s.queries.stop - 1)]

@@ -1,7 +1,7 @@
 """How attention scales: frames, tokens, and units of a rollout with and without a KV cache.
 
-A curve is attention at growing sizes. The report fits its exponent: 2 for the whole of a video, 1
-for what a cache leaves of each new frame.
+A curve is attention at growing sizes, and the report fits its exponent: about 2 for a whole video,
+about 1 for a new unit that attends to a cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def points(
     tokens: Sequence[int],
     units: tuple[int, Sequence[int]],
 ) -> tuple[Point, ...]:
-    """All curves; ``frames`` and ``units`` are tokens per block and numbers of blocks."""
+    """All curves; ``frames`` and ``units`` are tokens per block, and the numbers of blocks."""
 
     def shape(name: str, blocks: tuple[int, ...], new: tuple[int, int] | None = None):
         full = f"{prefix}{name}"

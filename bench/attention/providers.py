@@ -1,7 +1,7 @@
 """Attention: the implementations compared, each in the best form its users have.
 
-Whatever depends on the layout alone (masks, sort orders) is built in `setup`, which is timed apart;
-whatever depends on q, k, v is part of the call.
+What depends on the layout alone (masks, sort orders) is built in `setup`, which is timed apart.
+What depends on q, k, v is part of the call.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _ours(case: AttentionCase) -> Attention:
     rank = case.rank
     if rank is not None:
         return lambda q, k, v: set_masked_attention(q, k, v, rank)
-    # Lengths as a tensor: such masks are never cached, so their time is that of a first call.
+    # Masks from a tensor of lengths are never cached, so each setup costs what a first call does.
     lengths = torch.tensor(case.shape.blocks)
     if case.shape.mask == "full":
         mask = IntervalMask.full(lengths, lengths)
@@ -45,7 +45,7 @@ def _ours(case: AttentionCase) -> Attention:
         blocks = range(*case.shape.query_blocks) if case.shape.query_blocks else None
         mask = IntervalMask.block_causal(lengths, query_blocks=blocks)
     mask = mask.to(case.device)
-    mask.intervals(case.shape.n_queries, case.shape.n_keys)  # kept by the mask
+    mask.intervals(case.shape.n_queries, case.shape.n_keys)  # built here, kept by the mask
     return lambda q, k, v: interval_attention(q, k, v, mask)
 
 
@@ -97,7 +97,7 @@ def _seen(x: Tensor, segment: Segment) -> Tensor:
 
 
 def _on_sorted_tokens(case: AttentionCase, attention: Attention) -> Attention:
-    """Sorted, every set is a block. The order is mask creation, moving the rows is not."""
+    """Sorted, every set is a block. Finding the order is mask creation; moving rows is not."""
     if case.rank is None:
         return attention
     from vidgen_kernels.attention.tokens import select_tokens
@@ -137,7 +137,7 @@ def _flex(**compile_options) -> Callable[[AttentionCase], Attention]:
 
         visible = case.visible if case.rank is None else _visible_when_sorted(case)
         create, flex = create_block_mask, flex_attention
-        if case.shape not in TOY:  # not worth a compiler
+        if case.shape not in TOY:  # toys are not worth compiling
             create = torch.compile(create_block_mask)
             flex = torch.compile(flex_attention, dynamic=False, **compile_options)
         n_queries, n_keys = case.shape.n_queries, case.shape.n_keys
@@ -184,13 +184,13 @@ def _flash_attn_4(case: AttentionCase) -> Attention:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = flash_attn_func(q, k, v)
-        return found[0] if isinstance(found, tuple) else found  # versions with lse beside it
+        return found[0] if isinstance(found, tuple) else found  # some versions return lse, too
 
     return _per_block(case, _tokens_before_heads(attention))
 
 
 def _natten(case: AttentionCase) -> Attention:
-    """Frames of equal size are neighbourhoods: as many frames as there are, causal in time."""
+    """Frames of equal size: the neighbourhood is the whole video, causal in time."""
     from natten import na3d  # pyright: ignore[reportMissingImports]
 
     frames, tokens = len(case.shape.blocks), case.shape.blocks[0]

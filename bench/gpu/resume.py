@@ -1,8 +1,8 @@
-"""A pytest plugin (``-p bench.gpu.resume``) for a long suite on a rented GPU.
+"""A pytest plugin (``-p bench.gpu.resume``) for a long suite on a rented GPU; `stages.py` uses it.
 
-Tests that have passed, noted in the file that ``VIDGEN_PASSED`` names, are not run again. Files
-that need a package which is not there are skipped and the reason told. A worker of pytest-xdist
-that has lost the GPU's context ends, so that a new one takes its place: it would fail all the rest.
+Tests that passed are noted in the file that ``VIDGEN_PASSED`` names, and do not run again. Test
+files whose packages are absent are skipped, with the reason. A worker of pytest-xdist that has lost
+the GPU's context would fail all further tests, so it ends and a new one takes its place.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.measure import timing as measure
+from bench.measure import timing
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 FAILED = pytest.StashKey[bool]()
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
-    """All workers, later ones too, have to collect the same tests."""
+    """All workers have to collect the same tests, also those that start later."""
     node.workerinput["passed"] = node.config.stash[PASSED]
 
 
@@ -39,7 +39,7 @@ def pytest_configure_node(node) -> None:
 def pytest_make_collect_report(collector: pytest.Collector):
     report = yield
     error = getattr(report.call.excinfo, "value", None) if report.failed else None
-    cause = getattr(error, "__cause__", None)  # of the error that pytest makes of it
+    cause = getattr(error, "__cause__", None)  # pytest raises an error of its own from it
     if isinstance(cause, ModuleNotFoundError):
         report.outcome = "skipped"
         report.longrepr = str(collector.path), None, f"Skipped: {cause}"
@@ -57,8 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
     failed_before = item.session.stash.get(FAILED, False)
-    if IS_WORKER and failed_before and measure.context_is_lost():
-        os._exit(1)  # `item` is reported as the one that did it, and runs next time
+    if IS_WORKER and failed_before and timing.context_is_lost():
+        os._exit(1)  # `item` is reported as failed, and runs again next time
     item.session.stash[FAILED] = False
 
 
@@ -70,8 +70,7 @@ def pytest_runtest_makereport(item: pytest.Item):
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if (
-        report.when == "call" and report.passed and not IS_WORKER
-    ):  # the controller hears of all of them
+    # the controller gets the reports of all workers
+    if report.when == "call" and report.passed and not IS_WORKER:
         with _file().open("a") as file:
             file.write(report.nodeid + "\n")

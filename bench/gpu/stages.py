@@ -1,10 +1,10 @@
 """One command for whoever has a GPU: ``make gpu STAGE=test|bench|tune|profile``.
 
-Runs from the source tree, installs nothing. Each stage compiles in parallel first, ends within
-`LIMIT` seconds and goes on where it stopped when started again. Results are written as they come:
-to ``bench/results/<gpu>/``, ready to commit; or, where ``$OUT`` is set, there, as at most eight
-small files. Copied to ``bench/results/<gpu>/`` they are what the next call goes on from, but for
-``bench.json``, which ``python bench/report/report.py bench.json --merge`` files.
+It runs from the source tree and installs nothing. A stage compiles in parallel first, ends within
+`LIMIT` seconds, and goes on where it stopped when it is started again. Results are written as they
+come to ``bench/results/<gpu>/``, ready to commit. If ``$OUT`` is set, they go there instead, as at
+most eight small files; copy them to ``bench/results/<gpu>/`` for the next call to go on from, and
+file ``bench.json`` with ``python bench/report/report.py bench.json --merge``.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from bench.gpu import tune  # noqa: E402
-from bench.measure import timing as measure  # noqa: E402
+from bench.measure import timing  # noqa: E402
 from bench.measure.failures import LOST  # noqa: E402
 from bench.measure.workers import in_parallel  # noqa: E402
 from bench.report import groups, report  # noqa: E402
+from bench.report.files import RESULTS, folder_name, write  # noqa: E402
+from bench.report.terminal import print_report  # noqa: E402
 from bench.suites import ATTENTION, MEMORY, SUITES, directions  # noqa: E402
 from vidgen.shapes import AttentionShape  # noqa: E402
 
 LIMIT = 520  # seconds, under nine minutes
 SANITIZER_SECONDS = 160
-SANITIZER_FOUND = 9  # exit status; any other says that the tool cannot watch this machine
+SANITIZER_FOUND = 9  # exit status; any other failure means that the tool does not work here
 NOTHING_LEFT = 5  # pytest's exit status when every test had passed before
-ROUND = 45  # seconds that are worth another start after a crash
+ROUND = 45  # with fewer seconds left, nothing is started again after a crash
 PROFILED = (
     ("attention", "pyramid_768p_u15_s2_h30"),
     ("attention", "wan_1.3b_block_causal"),
@@ -59,14 +61,14 @@ SANITIZED = (
 
 
 def stage_test(folder: Path, rest: list[str]) -> int:
-    """The GPU tests, those that have not passed yet, then the sanitizers."""
+    """Runs the GPU tests that have not passed yet, then the sanitizers."""
     stop = time.monotonic() + LIMIT
     passed = folder / "tests_passed.txt"
     _bring_earlier_results(folder, passed.name)
     _forget_other_sources(passed)
     environment = _environment(VIDGEN_PASSED=str(passed))
     environment.pop("TRITON_INTERPRET", None)
-    # Warnings of other people's code are none of ours here, and no reason to fail.
+    # Warnings of other packages are no reason to fail here.
     flags = f"-m gpu -p bench.gpu.resume -n {_workers(6)} --max-worker-restart=50 -W default"
     flags += " -q -rfEs --tb=short -o faulthandler_timeout=120"
     command = [sys.executable, "-m", "pytest", "tests", *flags.split(), *rest]
@@ -76,26 +78,26 @@ def stage_test(folder: Path, rest: list[str]) -> int:
 
 
 def _forget_other_sources(passed: Path) -> None:
-    """What passed before a change has to pass again: the first line says what sources it was."""
+    """Empties the list after a change of the sources; its first line says which they were."""
     digest = hashlib.sha256()
     for name in ("bench", "kernels", "tests", "vidgen"):
         for path in sorted((ROOT / name).rglob("*.py")):
             digest.update(path.read_bytes())
     line = f"# sources {digest.hexdigest()[:16]}\n"
     if not passed.exists() or not passed.read_text().startswith(line):
-        report.write(passed, line)
+        write(passed, line)
 
 
 def _sanitize(folder: Path, stop: float) -> int:
-    """Every kernel once under memcheck and racecheck; skipped aloud where the tool is absent."""
+    """Runs every kernel once under memcheck and racecheck; says so where the tool is absent."""
     tool = shutil.which("compute-sanitizer")
     if not tool:
         print("compute-sanitizer: not on PATH, skipped")
         return 0
     target = [sys.executable, "bench/gpu/stages.py", "sanitizer-target"]
     log = folder / "sanitizer.log"
-    uncached = _environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # every tensor has its own bounds
-    worst = _run(target, log, stop - time.monotonic(), uncached)  # compiles, not yet watched
+    uncached = _environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # an allocation for each tensor
+    worst = _run(target, log, stop - time.monotonic(), uncached)  # compiles, without the tool
     for checks_left, check in ((2, "memcheck"), (1, "racecheck")):
         command = [tool, "--tool", check, f"--error-exitcode={SANITIZER_FOUND}", *target]
         status = _run(command, log, (stop - time.monotonic()) / checks_left, uncached)
@@ -106,11 +108,11 @@ def _sanitize(folder: Path, stop: float) -> int:
 
 
 def sanitizer_target(folder: Path, rest: list[str]) -> int:
-    """Forward and backward of every kernel on small ragged shapes."""
+    """Runs forward and backward of every kernel on small ragged shapes."""
     for suite, specs in ((ATTENTION, SANITIZED), (MEMORY, MEMORY.sets["toy"])):
         for spec in specs:
             case = suite.make(spec, torch.bfloat16, torch.device("cuda"))
-            for step in measure.make_steps(case, suite.providers["ours"].setup(case), True):
+            for step in timing.make_steps(case, suite.providers["ours"].setup(case), True):
                 step()
             torch.cuda.synchronize()
             print(spec.name, "done", flush=True)
@@ -118,10 +120,10 @@ def sanitizer_target(folder: Path, rest: list[str]) -> int:
 
 
 def stage_bench(folder: Path, rest: list[str]) -> int:
-    """What has no results yet, of every suite in turns, the most telling shapes first.
+    """Measures what has no results yet, all suites in turns, the most important shapes first.
 
-    A provider that takes the GPU's context with it, or a shape that ends the process, is left out
-    of a new start for all the others.
+    A provider that loses the GPU's context, or a shape that ends the process, is left out, and the
+    others are started again.
     """
     stop = time.monotonic() + LIMIT
     is_filed = folder == _committed()
@@ -158,7 +160,7 @@ def stage_bench(folder: Path, rest: list[str]) -> int:
 
 
 def _chosen_specs(rest: list[str]) -> list[tuple[str, str]]:
-    """Names of suites and real shapes in the order of measuring, those that --shapes asks for."""
+    """Suites and real shapes that --shapes asks for, by name, in the order of measuring."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--shapes", default="*")
     patterns = parser.parse_known_args(rest)[0].shapes.split(",")
@@ -172,13 +174,13 @@ def _chosen_specs(rest: list[str]) -> list[tuple[str, str]]:
 
 
 def _done(kept: Path) -> set[str]:
-    """Shapes that need no more measuring, by what is filed and by what is kept."""
+    """Shapes that are measured already, in filed results or in ``kept``."""
     paths = [*(_committed() / f"{name}.json" for name in SUITES), kept]
     return {name for path in paths for name in _finished(path)}
 
 
 def _tests_that_lost_the_gpu(results: dict) -> set[str]:
-    """Of results JSON; pytest knows a provider of a group by such names."""
+    """The names that pytest has for the providers that lost the GPU's context."""
     rows = (
         row
         for row in results.get("not_measured", [])
@@ -193,16 +195,16 @@ def _tests_that_lost_the_gpu(results: dict) -> set[str]:
 
 
 def _report(kept: Path, folder: Path | None) -> None:
-    """Tables on the terminal; the results filed in ``folder``, where one is given."""
+    """Prints tables, and files the results in ``folder`` if there is one."""
     if folder:
         report.main([str(kept), f"--output={folder}", "--merge"])
         kept.unlink()
     elif found := groups.groups(json.loads(kept.read_text())):
-        report.print_report(found, Console(width=140))
+        print_report(found, Console(width=140))
 
 
 def _finished(path: Path) -> set[str]:
-    """Shapes with our times in every direction."""
+    """Shapes that were measured in every direction, and not postponed."""
     if not path.exists():
         return set()
     known = {spec.name: spec for suite in SUITES.values() for spec in suite.sets["real"]}
@@ -214,7 +216,7 @@ def _finished(path: Path) -> set[str]:
 
 
 def _compile_in_parallel(specs: list[tuple[str, str]], seconds: float) -> None:
-    """Fills the compilers' caches on disk; whatever fails here shows again where it is measured."""
+    """Fills the compilers' caches on disk; what fails here fails again when it is measured."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     n_compiled = 0
     for (_, spec), notes in in_parallel(_compile, specs, _workers(10), seconds):
@@ -234,12 +236,12 @@ def _compile(suite_name: str, spec_name: str) -> str:
         try:
             function = provider.setup(case)
             for backward in (False, True):
-                for step in measure.make_steps(case, function, backward):
+                for step in timing.make_steps(case, function, backward):
                     step()
             torch.cuda.synchronize()
         except Exception as error:
             notes.append(f"({provider.name}: {type(error).__name__})")
-            measure.clear_after_failure()
+            timing.clear_after_failure()
     del case
     torch.compiler.reset()
     torch.cuda.empty_cache()
@@ -247,9 +249,9 @@ def _compile(suite_name: str, spec_name: str) -> str:
 
 
 def stage_tune(folder: Path, rest: list[str]) -> int:
-    """Candidates that have not been timed yet; one that ends the process is not tried again.
+    """Times the candidates that were not timed yet; one that ends the process is not tried again.
 
-    The configurations it prints, and keeps in the file, are entries for `configs.py`.
+    The configurations that it prints and writes are entries for the families' `configs.py`.
     """
     stop = time.monotonic() + LIMIT
     path = folder / "launch_configs.json"
@@ -263,7 +265,7 @@ def stage_tune(folder: Path, rest: list[str]) -> int:
 
 
 def stage_profile(folder: Path, rest: list[str]) -> int:
-    """A few long shapes: PyTorch's profiler, and Nsight Compute where it is installed."""
+    """Profiles a few long shapes with PyTorch's profiler, and with Nsight Compute if present."""
     stop = time.monotonic() + LIMIT
     modes = ["torch", *["ncu"] * bool(shutil.which("ncu"))]
     if "ncu" not in modes:
@@ -281,7 +283,7 @@ def stage_profile(folder: Path, rest: list[str]) -> int:
 
 
 def _keep_profile(scratch: Path, folder: Path) -> None:
-    """Nsight's reports one by one, as they are large; tables and traces in one file."""
+    """Keeps Nsight's large reports as they are, and puts tables and traces into one file."""
     for path in sorted(scratch.iterdir()):
         if path.suffix == ".ncu-rep":
             shutil.copyfile(path, folder / path.name)
@@ -301,11 +303,11 @@ STAGES = {
 
 
 def _run(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> int:
-    """Runs with its output on the terminal and added to ``log``; 124 when it took too long."""
+    """The exit status of a command, 124 when it took too long; its output also goes to ``log``."""
     print("$", *command, flush=True)
     late = threading.Event()
     with (
-        log.open("a", buffering=1) as file,  # by lines: we may be stopped, too
+        log.open("a", buffering=1) as file,  # by lines, as this process may be stopped, too
         subprocess.Popen(
             command,
             cwd=ROOT,
@@ -354,14 +356,14 @@ def _workers(at_most: int) -> int:
 
 
 def _bring_earlier_results(folder: Path, name: str) -> None:
-    """Where results go elsewhere, start from those in the tree."""
+    """Copies committed results to a ``folder`` elsewhere, to go on from."""
     earlier = _committed() / name
     if not (folder / name).exists() and earlier.exists():
-        report.write(folder / name, earlier.read_text())
+        write(folder / name, earlier.read_text())
 
 
 def _committed() -> Path:
-    return report.RESULTS / report.folder_name(measure.environment()["gpu"])
+    return RESULTS / folder_name(timing.environment()["gpu"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
-        print("gpu.py: error: PyTorch sees no CUDA device", file=sys.stderr)
+        print("stages.py: error: PyTorch sees no CUDA device", file=sys.stderr)
         return 1
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else _committed()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `tune.py` can tune: entries of the families' `configs.py`, and on which shapes."""
+"""What `tune.py` can tune: entries of the families' `configs.py`, each with a shape to tune on."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vidgen_kernels.rope.configs import ROW_WISE as ROPE
 from vidgen_kernels.rope.configs import lookup as lookup_rope
 from vidgen_kernels.testing import replaced
 
-# Shapes to tune on: long, and as ragged as the models are. By head dim, or by name of an operator;
-# of its shapes, an entry of its table takes the one whose rows are as long as the entry allows.
+# Shapes to tune on: long, and as ragged as those of the models. Attention has one for each head
+# dim; another operator may have several, for the entries of its table for rows of other lengths.
 ATTENTION_SHAPES = {
     64: "pyramid_768p_u15_s2_h30",
     96: "frames_16x1024_d96",
@@ -44,7 +44,7 @@ PIXELS = "renoise-pyramid_768p_b64"  # one configuration serves all kernels on b
 class Subject:
     """One entry: the configuration of a kernel, for heads or rows up to a size."""
 
-    lookup: Callable[..., Any]  # of the family's `configs.py`: what finds the entry
+    lookup: Callable[..., Any]  # the function of the family's `configs.py` that finds the entry
     kernel: str
     size: int  # 0 where it does not matter
     suite: Suite
@@ -63,7 +63,7 @@ class Subject:
         return self.suite.make(spec, torch.bfloat16, torch.device("cuda"))
 
     def candidates(self) -> list[Any]:
-        """Configurations worth a try; compiling finds out what does not fit the GPU."""
+        """Configurations worth trying; those that do not fit the GPU fail to compile."""
         if self.lookup is lookup_attention:
             return attention_candidates(self.kernel, self.size)
         if self.lookup in (lookup_norm, lookup_rope):
@@ -71,7 +71,7 @@ class Subject:
         return block_candidates(1 if self.lookup is lookup_block else 4)
 
     def snippet(self, config: Any, arch: int) -> str:
-        """The entry, behind the file it belongs to."""
+        """The entry, after the name of its file."""
         numbers = ", ".join(map(str, astuple(config)))
         if self.lookup is lookup_attention:
             entry = f'("{self.kernel}", 16): {{{self.size}: {{{arch}: C({numbers})}}}},'
@@ -84,7 +84,7 @@ class Subject:
         return f"{family}/configs.py: {entry}"
 
     def forced(self, config: Any) -> AbstractContextManager[None]:
-        """The kernel launches with ``config``, the others as the library says."""
+        """Launches the kernel with ``config``, and the others as the library does."""
 
         def lookup(kernel: str | torch.dtype, *args):
             is_this = kernel in (self.kernel, torch.bfloat16)
@@ -100,7 +100,7 @@ def attention_candidates(kernel: str, head_dim: int) -> list[LaunchConfig]:
     blocks = (64, 128) if head_dim == 128 else (64,)
     grid = product(rows, columns, (4, 8), (2, 3), blocks)
     found = [LaunchConfig(*c) for c in grid]
-    # 16 rows per warp at least, and 32 KB of scores in registers at most
+    # at least 8 rows per warp, and at most 128 x 128 scores in registers
     return [
         c for c in found if c.block_m >= 16 * c.num_warps / 2 and c.block_m * c.block_n <= 128 * 128
     ]
@@ -113,13 +113,13 @@ def row_candidates(size: int) -> list[RowConfig]:
 
 
 def block_candidates(n_pixels: int) -> list[BlockConfig]:
-    """``n_pixels``: elements that stand in a tensor for one of the block."""
+    """``n_pixels``: elements of a tensor for one element of a block."""
     grid = product((64, 128, 256, 512, 1024, 2048, 4096), (1, 2, 4, 8))
     return [BlockConfig(*c) for c in grid if 4 <= n_pixels * c[0] / (32 * c[1]) <= 32]
 
 
 def subjects() -> list[Subject]:
-    """Everything that has a shape to be tuned on."""
+    """All entries that can be tuned."""
     found = [
         Subject(lookup_attention, kernel, head_dim, ATTENTION, shape)
         for kernel, (head_dim, shape) in product(("fwd", "dq", "dkdv"), ATTENTION_SHAPES.items())

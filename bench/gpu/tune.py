@@ -1,10 +1,10 @@
-"""Finds launch configurations: candidates are compiled in parallel, checked, timed.
+"""Finds launch configurations: candidates are compiled in parallel, checked, and timed.
 
     python bench/gpu/tune.py [--only 'fwd-*,residual_norm_*'] [--output FILE]     on a GPU
 
-What was timed before is read back from FILE, so a run that is cut short goes on; exit status
-`CONTEXT_LOST` asks for one. It prints the entries for the families' ``configs.py``; the library
-itself never tunes at run time.
+It prints the entries for the families' ``configs.py``; the library never tunes at run time. Results
+are written to FILE as they come, and the next run goes on from there. Exit status `CONTEXT_LOST`
+asks for such a run.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # run by path, with nothing installed
 
 from bench.gpu.subjects import Subject, subjects  # noqa: E402
-from bench.measure import timing as measure  # noqa: E402
+from bench.measure import timing  # noqa: E402
 from bench.measure.case import TOLERANCE, Case  # noqa: E402
 from bench.measure.failures import ContextLost, first_line  # noqa: E402
 from bench.measure.workers import in_parallel  # noqa: E402
-from bench.report.report import RESULTS, folder_name, write  # noqa: E402
+from bench.report.files import RESULTS, folder_name, write  # noqa: E402
 
 SAMPLES, FINALISTS = 15, 4
-CONTEXT_LOST = 75  # exit status: a candidate took the GPU's context, start again for the others
+CONTEXT_LOST = 75  # exit status: a candidate lost the GPU's context, start again for the others
 UNFINISHED = "the process ended while this was timed"
 
 
-def steps_of(case: Case, subject: Subject) -> list[measure.Step]:
+def steps_of(case: Case, subject: Subject) -> list[timing.Step]:
     function = subject.suite.providers["ours"].setup(case)
-    return measure.make_steps(case, function, subject.backward)
+    return timing.make_steps(case, function, subject.backward)
 
 
 def compile_one(name: str, config: Any) -> str:
-    """In a process of its own: fills Triton's cache. The reason where it does not compile."""
+    """Fills Triton's cache, in a process of its own; returns why it does not compile, or ""."""
     subject = next(s for s in subjects() if s.name == name)
     try:
         with subject.forced(config):
@@ -51,18 +51,18 @@ def compile_one(name: str, config: Any) -> str:
                 step()
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
-        measure.clear_after_failure()
-        return ""  # too many at once; compiled or not, one alone has room
+        timing.clear_after_failure()
+        return ""  # too many processes at once; there is room for one alone
     except Exception as error:
-        measure.clear_after_failure()
+        timing.clear_after_failure()
         return _reason(error)
     return ""
 
 
 def time_one(case: Case, subject: Subject, config: Any) -> dict:
-    """Median milliseconds of the pass, or why the candidate is out.
+    """The median milliseconds of the pass, or the reason why there are none.
 
-    Kernels of one backward are timed together: the others add the same to every candidate.
+    A backward is timed as a whole: its other kernels add the same to every candidate.
     """
     function = subject.suite.providers["ours"].setup(case)
     try:
@@ -71,7 +71,7 @@ def time_one(case: Case, subject: Subject, config: Any) -> dict:
             if not error <= TOLERANCE[case.dtype]:
                 return {"reason": f"wrong: error {error:.1e}"}
             steps = steps_of(case, subject)
-            times = [measure.time_steps(steps, case.device)[-1] for _ in range(SAMPLES)]
+            times = [timing.time_steps(steps, case.device)[-1] for _ in range(SAMPLES)]
             return {"ms": 1e3 * statistics.median(times), "max_error": error}
     except Exception as error:
         return {"reason": _reason(error)}
@@ -82,25 +82,25 @@ def _reason(error: Exception) -> str:
 
 
 def play_off(case: Case, subject: Subject, finalists: list[Any]) -> Any:
-    """The finalists once more, in turns: candidates timed minutes apart met different clocks."""
+    """Times the best candidates again, in turns, as clocks had drifted between them."""
     times: dict[int, list[float]] = {i: [] for i in range(len(finalists))}
     steps = steps_of(case, subject)
     for _ in range(SAMPLES):
         for i, config in enumerate(finalists):
             with subject.forced(config):
-                times[i].append(measure.time_steps(steps, case.device)[-1])
+                times[i].append(timing.time_steps(steps, case.device)[-1])
     return finalists[min(times, key=lambda i: statistics.median(times[i]))]
 
 
 def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
     """``{"subjects": {name: {"best": ..., "timed": [...]}}}``, written as it grows.
 
-    Raises ContextLost after a candidate that is the end of this process.
+    Raises ContextLost after a candidate with which this process loses the GPU.
     """
     stop = time.monotonic() + seconds
     major, minor = torch.cuda.get_device_capability()
     found = json.loads(path.read_text()) if path.exists() else {}
-    found.update(arch=10 * major + minor, **measure.environment())
+    found.update(arch=10 * major + minor, **timing.environment())
     results = found.setdefault("subjects", {})
     todo = {}
     for subject in chosen:
@@ -117,7 +117,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
             case = subject.case()
         except torch.OutOfMemoryError:
             print(f"{subject.name}: no memory for {subject.shape}", flush=True)
-            measure.clear_after_failure()
+            timing.clear_after_failure()
             continue
         for config in configs:
             reason = reasons.get((subject.name, config))
@@ -133,7 +133,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
             print(subject.name, config, row.get("ms", row.get("reason")), flush=True)
             write(path, json.dumps(found, indent=1) + "\n")
             if not reason and "reason" in row:
-                measure.clear_after_failure()
+                timing.clear_after_failure()
         best = sorted((t for t in entry["timed"] if "ms" in t), key=lambda t: t["ms"])[:FINALISTS]
         if best:
             kind = type(subject.candidates()[0])
@@ -145,7 +145,7 @@ def tune(chosen: list[Subject], path: Path, seconds: float) -> dict:
 
 
 def precompile(jobs: list[tuple[str, Any]], seconds: float) -> dict[tuple[str, Any], str]:
-    """Why each job does not compile, "" where it does; those are absent that there is no time for.
+    """Why each job does not compile, or "". Jobs that there was no time for are absent.
 
     All processes share Triton's cache.
     """

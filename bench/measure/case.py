@@ -1,4 +1,4 @@
-"""What measuring knows of a call, whichever operator it is of."""
+"""`Case`: what measuring needs of a call, whichever operator it is of; how errors are counted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Function = Callable[..., Tensor | tuple[Tensor, ...]]  # of the differentiable inputs
+Function = Callable[..., Tensor | tuple[Tensor, ...]]  # takes the differentiable inputs
 
-# Largest error relative to the largest reference value. A wrong mask moves results by 1e-1 and
-# more; TF32 moves them by 3e-4, and is no fp32. The 16-bit limits are four roundings of the
-# probabilities.
+# Largest error relative to the largest reference value. A wrong mask changes results by 1e-1 and
+# more. TF32 changes them by 3e-4, which does not pass as fp32. The 16-bit limits are four roundings
+# of the probabilities.
 TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 5e-5,
@@ -23,7 +23,7 @@ TOLERANCE = {
 
 
 class Case(Protocol):
-    """A call with real tensors, and the reference that every provider is held against."""
+    """A call with real tensors, and the reference that every provider is compared with."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -37,11 +37,11 @@ class Case(Protocol):
         ...
 
     def upstream(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """A gradient for each output, in its dtype, to time a backward with."""
+        """The incoming gradients for timing a backward: one for each output, in its dtype."""
         ...
 
     def allowed(self, backward: bool) -> float:
-        """The largest disagreement that rounding explains."""
+        """The largest disagreement that counts as rounding."""
         ...
 
     def disagreement(self, function: Function, backward: bool) -> float:
@@ -59,7 +59,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def worst(errors: Iterable[float]) -> float:
-    """NaN is the worst."""
+    """The largest error; NaN is larger than any number."""
     return max(errors, key=lambda e: math.inf if math.isnan(e) else e)
 
 

@@ -1,10 +1,10 @@
-"""What may go wrong on a GPU, told without importing anything that takes long to import."""
+"""A lost GPU context, and messages of errors; kept apart so that it imports fast."""
 
-LOST = "lost the GPU's context"  # begins the reason of the provider that did it
+LOST = "lost the GPU's context"  # the reason of a provider that caused it begins so
 
 
 class ContextLost(Exception):
-    """After an illegal address and the like nothing runs on the GPU in this process any more."""
+    """Nothing runs on the GPU in this process any more, as after an illegal address."""
 
 
 def first_line(error: BaseException) -> str:

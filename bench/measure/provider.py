@@ -1,7 +1,8 @@
-"""What an implementation under comparison says of itself.
+"""`Provider`: an implementation under comparison.
 
-Why this machine lacks it (`missing`), why it does not do a case (`refuses`), and how it turns a
-case into a function of the differentiated inputs (`setup`).
+It says why this machine lacks it (`missing`) and why it does not take a case (`refuses`), and turns
+a case into a function of the differentiated inputs (`setup`). They are listed in the `providers.py`
+of attention, memory and models.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ def never(*_) -> None:
 class Provider:
     name: str
     summary: str
-    setup: Callable[[Any], Function]  # of a case of its suite
+    setup: Callable[[Any], Function]  # takes a case of its suite
     missing: Callable[[torch.device], str | None] = never
-    refuses: Callable[[Any, bool], str | None] = never  # case, backward
-    default_on: tuple[str, ...] = ("cpu", "cuda")  # elsewhere it has to be asked for by name
-    compiles: bool = False  # ahead of a benchmark, in parallel
+    refuses: Callable[[Any, bool], str | None] = never  # takes case, backward
+    default_on: tuple[str, ...] = ("cpu", "cuda")  # elsewhere only by name
+    compiles: bool = False  # worth compiling in parallel before a benchmark
 
 
 def as_table(*providers: Provider) -> dict[str, Provider]:
@@ -53,12 +54,12 @@ def needs_compiler(device: torch.device) -> str | None:
 
 
 def package(name: str, import_name: str) -> Callable[[torch.device], str | None]:
-    """Missing without a CUDA device, or without the package."""
+    """For `Provider.missing`: needs a CUDA device and the package."""
 
     def missing(device: torch.device) -> str | None:
         try:
             found = find_spec(import_name) is not None
-        except ModuleNotFoundError:  # of the package that should hold it
+        except ModuleNotFoundError:  # a parent package is absent
             found = False
         return needs_cuda(device) or (None if found else f"package {name} is not installed")
 

@@ -1,8 +1,11 @@
-"""How a call is measured: agreement first, then providers in turns, from a cold cache.
+"""How a call is measured: providers are checked first, then timed in turns from a cold cache.
 
-A GPU is timed by CUDA events around the replay of a CUDA graph (a call that cannot be captured is
-launched eagerly, and says so), the L2 cache flushed before every sample; the flush also keeps the
-GPU busy while the host launches what is timed. A CPU is timed by its monotonic clock.
+`bench/conftest.py` calls `measure_group` for every shape; `bench/gpu/` uses the parts.
+
+A GPU is timed by CUDA events around the replay of a CUDA graph. A call that cannot be captured is
+launched eagerly, and its outcome says so. The L2 cache is flushed before every sample; the flush
+also keeps the GPU busy while the host launches what is timed. A CPU is timed by its monotonic
+clock.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from bench.measure.provider import Provider
 Step = Callable[[], object]
 
 CPU_THREADS = 2
-RATES = ("tflops", "gbps")  # those that a machine has a peak of
+RATES = ("tflops", "gbps")  # units in which `peak` is measured
 MIN_SAMPLES, MAX_SAMPLES = 5, 40
-CUDA_SECONDS = 0.25  # per provider; on a CPU a suite says how long
+CUDA_SECONDS = 0.25  # per provider; on a CPU each suite has its own
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 
 
 @dataclass
 class Outcome:
-    """What became of one provider in one group."""
+    """The outcome for one provider: its samples, or the reason there are none."""
 
     status: str = "measured"  # or "unavailable", "wrong", "failed", "postponed"
     reason: str = ""
@@ -54,10 +57,11 @@ def measure_group(
     once: bool = False,
     graphs: bool = True,
 ) -> dict[str, Outcome]:
-    """Every provider on one case: checked, then timed in turns.
+    """Checks every provider on one case, then times them in turns.
 
-    ``once``: one call each. ``graphs``: a GPU replays CUDA graphs, as long as they can be captured.
-    With ``backward`` each sample is a forward and the backward that follows, timed one by one.
+    ``seconds`` is the time of each provider; with ``once`` each makes one call. ``graphs``: on a
+    GPU, calls that can be captured are replayed as CUDA graphs. With ``backward`` a sample is a
+    forward and the backward that follows it, each with its own time.
     """
     torch.compiler.reset()  # past eight shapes a compiled function would silently run uncompiled
     device = case.device
@@ -83,7 +87,7 @@ def _prepare_all(
     graphs: bool,
     outcomes: dict[str, Outcome],
 ) -> dict[str, list[Step]]:
-    """The steps of all providers that there are and that are right."""
+    """The steps of all providers that are present and give the right results."""
     calls = {}
     for provider in providers:
         outcome = outcomes[provider.name]
@@ -99,15 +103,15 @@ def _prepare_all(
 def _prepare(
     provider: Provider, case: Case, backward: bool, graphs: bool, outcome: Outcome
 ) -> list[Step] | None:
-    """The steps to time, or None where the provider computes something else."""
-    provider.setup(case)  # compiles what mask creation compiles
+    """The steps to time, or None where the provider gives wrong results."""
+    provider.setup(case)  # so that the time below has no compiling in it
     start = time.perf_counter()
     function = provider.setup(case)
     _synchronize(case.device)
     outcome.setup_ms = (time.perf_counter() - start) * 1e3
     outcome.max_error = case.disagreement(function, backward)
     allowed = case.allowed(backward)
-    if not outcome.max_error <= allowed:  # so that NaN is wrong
+    if not outcome.max_error <= allowed:  # true of NaN, too
         outcome.status = "wrong"
         outcome.reason = f"error {outcome.max_error:.1e}, allowed {allowed:.0e}"
         return None
@@ -119,7 +123,7 @@ def _prepare(
         try:
             return captured(steps)
         except RuntimeError:  # a call that allocates or reads back in a way a graph forbids
-            torch.cuda.set_stream(stream)  # a capture that fails does not leave its own
+            torch.cuda.set_stream(stream)  # a failed capture stays on its own stream
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             outcome.launch = "eager"
@@ -141,7 +145,7 @@ def make_steps(case: Case, function: Function, backward: bool) -> list[Step]:
     live = {}
 
     def forward() -> None:
-        live["grads"] = None  # memory of the call before
+        live["grads"] = None  # frees the gradients of the call before
         live["out"] = as_tuple(function(*leaves))
 
     def backward_() -> None:
@@ -152,7 +156,7 @@ def make_steps(case: Case, function: Function, backward: bool) -> list[Step]:
 
 @dataclass
 class Replay:
-    """A captured step. A graph reads masks and sort orders by address, so they must outlive it."""
+    """A captured step. It keeps the masks and sort orders that the graph reads by address."""
 
     graph: torch.cuda.CUDAGraph
     keeps: list[Step]
@@ -184,10 +188,10 @@ def _interleave(
     device: torch.device,
     seconds: float,
 ) -> None:
-    """Rounds of one sample each in rotating order: clock drift and warmth fall on all alike.
+    """Takes samples in rounds, one of each provider, in rotating order: clocks drift for all alike.
 
-    A provider leaves when it has used its ``seconds`` and has its samples, so that slow ones do not
-    thin out the rest. No time at all is one sample, not warmed up.
+    A provider drops out when it has used its ``seconds`` and has `MIN_SAMPLES`, so that quick ones
+    get more samples. Without any ``seconds`` there is one round and no warm-up.
     """
     names = list(calls)
     if seconds:
@@ -202,12 +206,12 @@ def _interleave(
             for name in names[start:] + names[:start]
             if outcomes[name].status == "measured" and (turn < MIN_SAMPLES or spent[name] < seconds)
         ]
-        for name, seconds in _interleave_round(active, calls, outcomes, device).items():
-            spent[name] += seconds
+        for name, taken in _interleave_round(active, calls, outcomes, device).items():
+            spent[name] += taken
 
 
 def _interleave_round(names, calls, outcomes, device) -> dict[str, float]:
-    """One sample of each; the seconds it took."""
+    """Takes one sample of each provider and returns the seconds it took."""
     spent = {}
     for name in names:
         with _recording_failure(outcomes[name]):
@@ -224,7 +228,7 @@ def _interleave_round(names, calls, outcomes, device) -> dict[str, float]:
 
 @contextmanager
 def _recording_failure(outcome: Outcome):
-    """Running out of memory, or a peer that raises, is a result and not the end of the run."""
+    """Turns an exception, such as running out of memory, into an outcome, and the run goes on."""
     try:
         yield
         return
@@ -252,7 +256,7 @@ def context_is_lost() -> bool:
 
 
 def clear_after_failure() -> None:
-    """Memory for whoever is next. Raises ContextLost where there can be nobody."""
+    """Frees memory for the next provider. Raises ContextLost if the GPU is lost to the process."""
     if context_is_lost():
         raise ContextLost(LOST)
     if torch.cuda.is_available():
@@ -260,7 +264,7 @@ def clear_after_failure() -> None:
 
 
 def time_steps(steps: list[Step], device: torch.device) -> list[float]:
-    """Seconds of each step, run one after another."""
+    """Runs the steps one after another and returns the seconds of each."""
     if device.type == "cpu":
         marks = [time.perf_counter()]
         for step in steps:
@@ -288,7 +292,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(steps: list[Step], device: torch.device) -> int:
-    """Most bytes that running the steps holds at once, beyond what was there before."""
+    """The most bytes that the steps hold at once, beyond what was held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -311,7 +315,7 @@ def peak_memory(steps: list[Step], device: torch.device) -> int:
 
 @cache
 def peak(unit: str, dtype: torch.dtype, device: torch.device) -> float:
-    """What this machine does at best, today: TFLOP/s of a large matrix product, GB/s of a copy."""
+    """The best this machine does: TFLOP/s of a large matrix product, or GB/s of a large copy."""
     large = device.type == "cuda"
     if unit == "tflops":
         n = 8192 if large else 2048
@@ -327,7 +331,7 @@ def peak(unit: str, dtype: torch.dtype, device: torch.device) -> float:
 
 @cache
 def environment() -> dict[str, str]:
-    """Where and with what the numbers were taken."""
+    """The machine and the versions that the numbers were taken with."""
     has_gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else "cpu",
@@ -339,7 +343,7 @@ def environment() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """``VIDGEN_COMMIT`` names it where the source travels without its history."""
+    """The commit; ``VIDGEN_COMMIT`` names it where the source comes without its history."""
     if named := os.environ.get("VIDGEN_COMMIT"):
         return named
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -1,7 +1,7 @@
-"""Jobs in processes of their own: one that dies is told of, and the others go on.
+"""Runs jobs in processes of their own: when one dies, it is reported and the others go on.
 
-What a compiler or a GPU does to a process may be its end. `concurrent.futures` gives up all that is
-left then, and cannot stop what runs too long.
+A compiler or a GPU may kill a process. `concurrent.futures` then drops all jobs that are left, and
+it cannot stop a job that runs too long. `bench/gpu/` compiles with these workers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from bench.measure.failures import ContextLost, first_line
 
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-LONGEST_WAIT = 24 * 3600.0  # seconds; forever is too long for a wait
+LONGEST_WAIT = 24 * 3600.0  # seconds; a wait cannot be infinite
 
 Job = tuple[Any, ...]  # arguments
 
@@ -27,7 +27,7 @@ class _Worker:
         self.connection, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(target=_work, args=(theirs, function), daemon=True)
         self.process.start()
-        theirs.close()  # now reading fails once the process is gone
+        theirs.close()  # so that reading fails when the process ends
 
     def stop(self) -> None:
         self.process.kill()
@@ -39,7 +39,7 @@ def _work(pipe: connection.Connection, function: Callable[..., str]) -> None:
     while True:
         try:
             job = pipe.recv()
-        except EOFError:  # whoever gave us jobs is gone
+        except EOFError:  # the parent process is gone
             return
         try:
             pipe.send((function(*job), True))
@@ -53,15 +53,15 @@ def _work(pipe: connection.Connection, function: Callable[..., str]) -> None:
 def in_parallel(
     function: Callable[..., str], jobs: Sequence[Job], n_workers: int, seconds: float = math.inf
 ) -> Iterator[tuple[Job, str]]:
-    """``(job, function(*job))`` as they end; what has not ended after ``seconds`` is stopped.
+    """Yields ``(job, function(*job))`` as jobs end; stops those still running after ``seconds``.
 
-    ``function`` is one of a module, and says what is wrong in a line. So does this, where it raises
-    or takes its process with it.
+    ``function`` is defined in a module and returns a line of text. Where it raises or its process
+    dies, the line says so.
     """
     stop = time.monotonic() + seconds
     waiting = deque(jobs)
     idle = [_Worker(function) for _ in range(min(n_workers, len(jobs)))]
-    busy: dict[Any, tuple[_Worker, Job]] = {}  # by the end of the pipe that we read
+    busy: dict[Any, tuple[_Worker, Job]] = {}  # by our end of the pipe
     try:
         while waiting or busy:
             while idle and waiting:

@@ -1,4 +1,4 @@
-"""A memory-bound case with real tensors, held against eager PyTorch in fp64 on the same inputs."""
+"""A memory-bound case with real tensors, compared with eager PyTorch in fp64 on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MemoryCall:
 
     @property
     def names(self) -> list[str]:
-        """Those that are differentiated."""
+        """The inputs that are differentiated."""
         return [name for name, x in self.inputs.items() if x.requires_grad]
 
     @property
@@ -94,12 +94,12 @@ class Reference:
         }
         outputs = as_tuple(call.spec.define(inputs))
         rng = torch.Generator(call.device).manual_seed(1)
-        # Half noise, half the output itself: no sum over many tokens is then nearly nothing.
+        # Noise plus the output itself, so that no sum over many tokens nearly cancels.
         upstream = [
             x.detach() + torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
             for x in outputs
         ]
-        # What every provider gets: rounded to its dtype.
+        # Rounded to the dtype in which every provider gets it.
         upstream = call.spec.upstream([g.to(call.dtype).double() for g in upstream])
         leaves = [inputs[name] for name in call.names]
         grads = torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True)

@@ -1,25 +1,26 @@
-"""A call of a memory-bound operator at a shape, and what it must move.
+"""A call of a memory-bound operator at a shape, and the bytes it must move.
 
     inputs(dtype, device, seed)   its tensors by name; those that require grad are differentiated
     call(ops, inputs)             one call of `vidgen.ops.Ops`, a tuple of differentiable outputs
     floor(dtype)                  bytes that must move once, forward and backward
 
-Floors count distinct tensors read and written, in units u of one tensor ``[B, T, D]`` (of one
-latent at its higher resolution). Vectors of a modulation, weights and positions are left out: they
-are below 1 % at the real shapes. Forward is that of inference, which keeps nothing for a backward.
-A backward reads the least that the formula needs; a gradient that is the incoming one is neither
-read nor written for it.
+Floors count distinct tensors read and written. Their unit is one tensor ``[B, T, D]``, or one
+latent at its higher resolution. Vectors of a modulation, weights and positions are left out: they
+are below 1 % at the real shapes. The forward is that of inference, which keeps nothing for a
+backward. A backward reads the least that the formula needs; a gradient that equals the incoming one
+is neither read nor written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.measure.case import as_tuple
 from vidgen.ops import EAGER, Ops
 from vidgen.shapes import LatentShape, TokenShape
 
@@ -27,7 +28,7 @@ Inputs = dict[str, Tensor]
 
 
 class Floor(NamedTuple):
-    """Units, or bytes, that one pass moves at least."""
+    """The least that a forward and a backward move, in units or in bytes."""
 
     fwd: float
     bwd: float
@@ -37,7 +38,7 @@ class Floor(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Normal tensors of a case, that require grad."""
+    """Draws the tensors of a case: normal, and they require grad."""
 
     dtype: torch.dtype
     device: torch.device | str
@@ -56,7 +57,7 @@ class Draw(NamedTuple):
         return {name: self(length) for name in names.split()}
 
     def modulation(self, shape: TokenShape, names: str, per_token: bool = False) -> Inputs:
-        """Vectors as the models have them: pieces of one projection, so with strides."""
+        """Vectors as the models have them: pieces of one projection, so they have strides."""
         chosen = names.split()
         size = (shape.batch, shape.tokens) if per_token else (shape.batch,)
         pieces = self(*size, len(chosen) * shape.hidden).detach().chunk(len(chosen), dim=-1)
@@ -65,17 +66,19 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One operator at one shape. Subclasses fill in the tensors, the call and the units."""
+    """One operator at one shape. Subclasses say which tensors it takes and what it must move."""
 
     shape: TokenShape | LatentShape
     op: ClassVar[str]  # field of `Ops`
-    kind: ClassVar[str] = ""  # what else is done with the operator
+    options: ClassVar[dict[str, Any]] = {}  # arguments of the call that are no tensors
+    moves: ClassVar[Floor]  # in units
     liger: ClassVar[str | None] = None  # function of liger-kernel that does the same job
     draws_noise: ClassVar[bool] = False
 
     @property
     def variant(self) -> str:
-        return self.kind or self.op
+        """The operator, or what is done with it."""
+        return self.op
 
     @property
     def name(self) -> str:
@@ -93,18 +96,18 @@ class MemoryCase:
         raise NotImplementedError
 
     def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+        return as_tuple(getattr(ops, self.op)(**inputs, **self.options))
 
     def units(self, wide: float) -> Floor:
-        """The floor in units; ``wide`` is what a tensor in `sum_dtype` takes."""
-        raise NotImplementedError
+        """The floor in units; a tensor in `sum_dtype` counts ``wide``."""
+        return self.moves
 
     def define(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """What the call means, on fp64 inputs."""
+        """The reference that implementations are compared with, on fp64 inputs."""
         return self.call(EAGER, inputs)
 
     def upstream(self, drawn: list[Tensor]) -> list[Tensor]:
-        """A gradient for each output, of those drawn."""
+        """The gradient of each output; ``drawn`` are random ones."""
         return drawn
 
     def may_lack(self, name: str) -> bool:
@@ -117,5 +120,5 @@ class MemoryCase:
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of what is kept wider than the rest: running sums, clean predictions."""
+    """The dtype of running sums and clean predictions, which are at least fp32."""
     return torch.promote_types(dtype, torch.float32)

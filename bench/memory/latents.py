@@ -1,9 +1,13 @@
-"""Cases on latents: resampling between the stages of a pyramid, sampler steps."""
+"""Cases on latents: resampling between the stages of a pyramid, and sampler steps.
+
+A comment beside `moves` lists what a forward reads and writes, then what a backward does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,21 +31,15 @@ class Downsample(MemoryCase):
 
     shape: LatentShape
     op = "downsample"
+    moves = Floor(1.25, 1.25)  # x -> y, a quarter of it;  the same backwards
 
     def tensors(self, draw: Draw) -> Inputs:
         return {"x": draw(*self.shape.size)}
 
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return (ops.downsample(inputs["x"]),)
-
-    def units(self, wide: float) -> Floor:
-        # x -> y, a quarter of it;  the same backwards
-        return Floor(1.25, 1.25)
-
 
 @dataclass(frozen=True)
 class Renoise(MemoryCase):
-    """Up to the next stage. White noise is given, or ``draws_noise``: drawn inside."""
+    """Up to the next stage, with white noise; ``draws_noise``: it is drawn inside."""
 
     shape: LatentShape
     op = "upsample_renoise"
@@ -59,12 +57,13 @@ class Renoise(MemoryCase):
             return {"x": x}
         return {"x": x, "noise": draw(*self.shape.size)}
 
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        drawn = {"seed": SEED} if self.draws_noise else {}
-        return (ops.upsample_renoise(**inputs, alpha=ALPHA, beta=BETA, **drawn),)
+    @property
+    def options(self) -> dict[str, Any]:
+        seed = {"seed": SEED} if self.draws_noise else {}
+        return {"alpha": ALPHA, "beta": BETA, **seed}
 
     def compared(self, inputs: Inputs, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Drawn noise differs, but sums to 0 over each block and has unit variance."""
+        """Drawn noise differs between providers; its block sums and its variance do not."""
         if not self.draws_noise:
             return outputs
         out, low = outputs[0].double(), inputs["x"].double()
@@ -84,6 +83,7 @@ class TrainingPair(MemoryCase):
 
     shape: LatentShape
     op = "training_pair"
+    moves = Floor(4, 4)  # clean, noise -> input, target;  the same backwards
 
     def tensors(self, draw: Draw) -> Inputs:
         clean, noise = (draw(*self.shape.size) for _ in range(2))
@@ -95,10 +95,6 @@ class TrainingPair(MemoryCase):
         pair = ops.training_pair(inputs["clean"], inputs["noise"], 0.8, 0.5, inputs["sigma"])
         return pair.input, pair.target
 
-    def units(self, wide: float) -> Floor:
-        # clean, noise -> input, target;  the same backwards
-        return Floor(4, 4)
-
 
 # ---- samplers
 
@@ -109,16 +105,11 @@ class Euler(MemoryCase):
 
     shape: LatentShape
     op = "euler_step"
+    options: ClassVar = {"step": -0.05, "guidance": GUIDANCE}
+    moves = Floor(4, 3)  # x, velocity, uncond -> out;  dout -> two gradients; dx is dout
 
     def tensors(self, draw: Draw) -> Inputs:
         return {name: draw(*self.shape.size) for name in ("x", "velocity", "uncond")}
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return (ops.euler_step(**inputs, step=-0.05, guidance=GUIDANCE),)
-
-    def units(self, wide: float) -> Floor:
-        # x, velocity, uncond -> out;  dout -> two gradients; dx is dout
-        return Floor(4, 3)
 
 
 @dataclass(frozen=True)
@@ -126,35 +117,22 @@ class DDIM(Euler):
     """Guidance and a step with v-prediction."""
 
     op = "ddim_step"
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return (ops.ddim_step(**inputs, sqrt_alpha=0.6, sqrt_alpha_next=0.7, guidance=GUIDANCE),)
-
-    def units(self, wide: float) -> Floor:
-        # x, velocity, uncond -> out;  dout -> three gradients
-        return Floor(4, 4)
+    options: ClassVar = {"sqrt_alpha": 0.6, "sqrt_alpha_next": 0.7, "guidance": GUIDANCE}
+    moves = Floor(4, 4)  # x, velocity, uncond -> out;  dout -> three gradients
 
 
 @dataclass(frozen=True)
-class DPM(MemoryCase):
+class DPM(DDIM):
     """Guidance and a middle step of SDE-DPM-Solver++ 2M, with the clean prediction it keeps."""
 
-    shape: LatentShape
     op = "dpm_step"
+    options: ClassVar = {**DDIM.options, "sqrt_alpha_previous": 0.5}
 
     def tensors(self, draw: Draw) -> Inputs:
-        found = {name: draw(*self.shape.size) for name in ("x", "velocity", "uncond", "noise")}
-        found["noise"].requires_grad_(False)
-        return {**found, "previous": draw(*self.shape.size, dtype=sum_dtype(draw.dtype))}
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return ops.dpm_step(
-            **inputs,
-            sqrt_alpha=0.6,
-            sqrt_alpha_next=0.7,
-            sqrt_alpha_previous=0.5,
-            guidance=GUIDANCE,
-        )
+        found = super().tensors(draw)
+        found["noise"] = draw(*self.shape.size).requires_grad_(False)
+        found["previous"] = draw(*self.shape.size, dtype=sum_dtype(draw.dtype))
+        return found
 
     def units(self, wide: float) -> Floor:
         # x, velocity, uncond, noise, previous -> out, x0;  dout, dx0 -> four gradients

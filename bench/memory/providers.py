@@ -21,7 +21,7 @@ def _compiled(call: MemoryCall) -> Function:
 
 
 def _liger(call: MemoryCall) -> Function:
-    """Functions of rows and weights alone; they must not write into the gradients they get."""
+    """Its functions of rows and weights, told not to write into the incoming gradients."""
     from liger_kernel.ops.fused_add_rms_norm import (  # pyright: ignore[reportMissingImports]
         LigerFusedAddRMSNormFunction,
     )
@@ -45,7 +45,7 @@ def _no_liger(call: MemoryCall, backward: bool) -> str | None:
 
 
 def _official_noise(call: MemoryCall) -> Function:
-    """Upstream draws block by block, on the host."""
+    """The released code draws block by block, on the host."""
 
     def upsample_renoise(x: Tensor, alpha: float, beta: float, *, seed: int) -> Tensor:
         *outer, height, width = x.shape

@@ -1,6 +1,6 @@
-"""Every memory-bound operator at every shape that its models have: `CASES`, by set of shapes.
+"""`CASES`: every memory-bound operator at every shape that its models have.
 
-Benchmarks, the contract tests and the table of bytes moved run over it.
+The benchmarks, the contract tests and the table of bytes moved run over it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def cases(shapes: MemoryShapes) -> tuple[MemoryCase, ...]:
         *(PostNorm(s) for s in shapes.nova),
         *(PostNorm(s, gated=True) for s in shapes.mlp),
         *(PostNormAdaLN(s) for s in shapes.mlp),
-        *(QKNormRope(s, norm="rms", joint=True) for s in shapes.pyramid),
+        *(QKNormRope(s, joint=True) for s in shapes.pyramid),
         *(QKNormRope(s) for s in shapes.cogvideox),
         *(Downsample(s) for s in shapes.history),
         *(Renoise(s, drawn) for s in shapes.renoise for drawn in (False, True)),

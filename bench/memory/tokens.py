@@ -1,9 +1,12 @@
-"""Cases on rows of tokens: residual and norm, feature cache, queries and keys."""
+"""Cases on rows of tokens: residual and norm, feature cache, queries and keys.
+
+A comment beside `moves` lists what a forward reads and writes, then what a backward does.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from vidgen.shapes import TokenShape
 from vidgen_kernels import Modulation, QKVStream, reference
 
 EPS = 1e-6
+AFFINE_AND_GATE = "scale shift gate"  # what a layer's projection is cut into
 DEFINITION = EAGER._replace(mix=reference.mix, segment=reference.segment)
 
 
@@ -22,10 +26,11 @@ DEFINITION = EAGER._replace(mix=reference.mix, segment=reference.segment)
 
 @dataclass(frozen=True)
 class ResidualNorm(MemoryCase):
-    """Residual with a gate, LayerNorm, modulation; text rows and video rows have their own."""
+    """Gated residual, LayerNorm, modulation; text rows and video rows have vectors of their own."""
 
     shape: TokenShape
     op = "residual_norm"
+    moves = Floor(4, 6)  # x, f -> h, a;  dh, da, h, f -> dx, df
 
     affine: bool = False
 
@@ -42,10 +47,6 @@ class ResidualNorm(MemoryCase):
     def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
         own, text = _split_modulation(inputs)
         return ops.residual_norm(**own, text=text, text_length=self.shape.text)
-
-    def units(self, wide: float) -> Floor:
-        # x, f -> h, a;  dh, da, h, f -> dx, df
-        return Floor(4, 6)
 
 
 def _split_modulation(inputs: Inputs) -> tuple[dict[str, Tensor], Modulation]:
@@ -64,13 +65,14 @@ class Mix(MemoryCase):
 
     shape: TokenShape
     op = "mix"
+    moves = Floor(2, 3)  # without the cache: y -> h;  dh, y -> dy
     n_results: ClassVar[int] = 1  # besides the new sum
 
     n: int = 4
 
     @property
     def variant(self) -> str:
-        return f"mix_n{self.n}"
+        return f"{self.op}_n{self.n}"
 
     def tensors(self, draw: Draw) -> Inputs:
         return {**draw.rows(self.shape, "y"), **self.cached(draw)}
@@ -101,18 +103,18 @@ class Mix(MemoryCase):
         return [inputs[f"older_{i}"] for i in range(self.n - 1)]
 
     def define(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Gradients reach the older entries and their sum alike: some keep one, some the other."""
+        """Gradients reach both the older entries and their sum: an implementation keeps either."""
         if "total" in inputs:
             same = sum(x - x.detach() for x in self.older(inputs))
             inputs = {**inputs, "total": inputs["total"] + same}
         return self.call(DEFINITION, inputs)
 
     def may_lack(self, name: str) -> bool:
-        """That of the sum, or those of the older entries."""
+        """The gradient of the sum, or those of the older entries."""
         return self.n > 2 and name.startswith(("total", "older"))
 
     def upstream(self, drawn: list[Tensor]) -> list[Tensor]:
-        """Nothing comes back through the new sum: not every implementation has one."""
+        """Zero for the new sum, which not every implementation returns."""
         return [*drawn[: self.n_results], *(torch.zeros_like(x) for x in drawn[self.n_results :])]
 
     @property
@@ -120,18 +122,15 @@ class Mix(MemoryCase):
         return self.n < 6
 
     def units(self, wide: float) -> Floor:
-        # y -> h;  dh, y -> dy
-        return self.cache_units(wide, Floor(2, 3))
+        """The cache adds the sum, which is read, and written unless the window ends.
 
-    def cache_units(self, wide: float, others: Floor) -> Floor:
-        """What the cache adds: the sum read, and written unless the window ends.
-
-        Backwards the older entries for the gate's gradient, and the sum's gradient.
+        A backward also reads the older entries, for the gate's gradient, and moves the sum's
+        gradient.
         """
         if self.n == 1:
-            return others
+            return self.moves
         read, write = 1 if self.n == 2 else wide, wide * self.keep_sum
-        return Floor(others.fwd + read + write, others.bwd + self.n - 1 + write + read)
+        return Floor(self.moves.fwd + read + write, self.moves.bwd + self.n - 1 + write + read)
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,8 @@ class Segment(Mix):
     """Gated residual, feature cache, LayerNorm, modulation, text and video rows apart."""
 
     op = "segment"
+    moves = Floor(4, 6)  # without the cache: x, f -> h, a;  dh, da, y, f -> dx, df
     n_results = 2
-
-    @property
-    def variant(self) -> str:
-        return f"segment_n{self.n}"
 
     def tensors(self, draw: Draw) -> Inputs:
         return {**ResidualNorm(self.shape, affine=True).tensors(draw), **self.cached(draw)}
@@ -165,10 +161,6 @@ class Segment(Mix):
         )
         return (h, a) if total is None or self.n == 1 else (h, a, total)
 
-    def units(self, wide: float) -> Floor:
-        # x, f -> h, a;  dh, da, y, f -> dx, df
-        return self.cache_units(wide, Floor(4, 6))
-
 
 # ---- parts of it, and norms after the layer
 
@@ -179,18 +171,13 @@ class AddRMSNorm(MemoryCase):
 
     shape: TokenShape
     op = "residual_norm"
-    kind = "add_rms_norm"
+    options: ClassVar = {"norm": "rms", "eps": EPS}
+    moves = Floor(4, 4)  # x, f -> h, a;  dh, da, h -> dx, which is df
+    variant = "add_rms_norm"
     liger = "fused_add_rms_norm"
 
     def tensors(self, draw: Draw) -> Inputs:
         return {**draw.rows(self.shape, "x f"), **draw.vectors(self.shape.hidden, "weight")}
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return ops.residual_norm(**inputs, norm="rms", eps=EPS)
-
-    def units(self, wide: float) -> Floor:
-        # x, f -> h, a;  dh, da, h -> dx, which is df
-        return Floor(4, 4)
 
 
 @dataclass(frozen=True)
@@ -199,38 +186,29 @@ class LayerNorm(MemoryCase):
 
     shape: TokenShape
     op = "residual_norm"
-    kind = "layer_norm"
+    options: ClassVar = {"eps": EPS}
+    moves = Floor(2, 3)  # x -> a;  da, x -> dx
+    variant = "layer_norm"
     liger = "layer_norm"
 
     def tensors(self, draw: Draw) -> Inputs:
         return {**draw.rows(self.shape, "x"), **draw.vectors(self.shape.hidden, "weight bias")}
 
     def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return ops.residual_norm(**inputs, eps=EPS)[1:]
-
-    def units(self, wide: float) -> Floor:
-        # x -> a;  da, x -> dx
-        return Floor(2, 3)
+        return super().call(ops, inputs)[1:]  # without f, h is x
 
 
 @dataclass(frozen=True)
-class TokenModulation(MemoryCase):
+class TokenModulation(LayerNorm):
     """LayerNorm and a modulation for every token."""
 
-    shape: TokenShape
-    op = "residual_norm"
-    kind = "token_modulation"
+    moves = Floor(4, 5)  # x, scale, shift -> a;  da, x, scale -> dx, dscale; dshift is da
+    variant = "token_modulation"
+    liger = None
 
     def tensors(self, draw: Draw) -> Inputs:
         modulation = draw.modulation(self.shape, "scale shift", per_token=True)
         return {**draw.rows(self.shape, "x"), **modulation}
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return ops.residual_norm(**inputs, eps=EPS)[1:]
-
-    def units(self, wide: float) -> Floor:
-        # x, scale, shift -> a;  da, x, scale -> dx, dscale; dshift is da
-        return Floor(4, 5)
 
 
 @dataclass(frozen=True)
@@ -249,12 +227,8 @@ class PostNorm(MemoryCase):
     def tensors(self, draw: Draw) -> Inputs:
         found = {**draw.rows(self.shape, "x f"), **draw.vectors(self.shape.hidden, "weight bias")}
         if self.gated:  # the last third of a projection
-            modulation = draw.modulation(self.shape, "scale shift gate", per_token=True)
-            found["gate"] = modulation["gate"]
+            found["gate"] = draw.modulation(self.shape, AFFINE_AND_GATE, per_token=True)["gate"]
         return found
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return (ops.post_norm_residual(**inputs),)
 
     def units(self, wide: float) -> Floor:
         # x, f -> out;  dout, f -> df; dx is dout.  A gate: read, read and its gradient written
@@ -267,21 +241,14 @@ class PostNormAdaLN(MemoryCase):
 
     shape: TokenShape
     op = "post_norm_adaln"
+    # x, f, gate, scale, shift -> out, a
+    # dout, da, out, f, gate, scale -> dx, df, dgate, dscale; dshift is da
+    moves = Floor(7, 10)
 
     def tensors(self, draw: Draw) -> Inputs:
-        found = {**draw.rows(self.shape, "x f"), **draw.vectors(self.shape.hidden, "weight bias")}
-        # of two projections: that of the layer, and that of the next one
-        gate = draw.modulation(self.shape, "scale shift gate", per_token=True)["gate"]
-        next_ = draw.modulation(self.shape, "scale shift gate", per_token=True)
-        return {**found, "gate": gate, "scale": next_["scale"], "shift": next_["shift"]}
-
-    def call(self, ops: Ops, inputs: Inputs) -> tuple[Tensor, ...]:
-        return ops.post_norm_adaln(**inputs)
-
-    def units(self, wide: float) -> Floor:
-        # x, f, gate, scale, shift -> out, a
-        # dout, da, out, f, gate, scale -> dx, df, dgate, dscale; dshift is da
-        return Floor(7, 10)
+        found = PostNorm(self.shape, gated=True).tensors(draw)
+        after = draw.modulation(self.shape, AFFINE_AND_GATE, per_token=True)  # of the next layer
+        return {**found, "scale": after["scale"], "shift": after["shift"]}
 
 
 # ---- attention's inputs
@@ -289,12 +256,14 @@ class PostNormAdaLN(MemoryCase):
 
 @dataclass(frozen=True)
 class QKNormRope(MemoryCase):
-    """Norm per head, rotation, layout. ``joint``: text is a stream of its own."""
+    """Norm per head, rotation and layout, as in CogVideoX.
+
+    ``joint``: as in Pyramid Flow, where text is a stream of its own and the norm is RMSNorm.
+    """
 
     shape: TokenShape
     op = "qk_norm_rope"
 
-    norm: Literal["layer", "rms"] = "layer"
     joint: bool = False
 
     @property
@@ -306,7 +275,7 @@ class QKNormRope(MemoryCase):
         streams = {"": shape.tokens}
         if self.joint:
             streams = {"": shape.video, "text_": shape.text}
-        names = "q_weight k_weight" + " q_bias k_bias" * (self.norm == "layer")
+        names = "q_weight k_weight" if self.joint else "q_weight k_weight q_bias k_bias"
         found = {}
         for prefix, tokens in streams.items():
             found[f"{prefix}projections"] = draw(shape.batch, tokens, 3 * shape.hidden)
@@ -329,7 +298,7 @@ class QKNormRope(MemoryCase):
             if self.joint
             else None,
             text_length=0 if self.joint else self.shape.text,
-            norm=self.norm,
+            norm="rms" if self.joint else "layer",
         )
 
     def units(self, wide: float) -> Floor:
@@ -338,7 +307,7 @@ class QKNormRope(MemoryCase):
 
 
 def _positions(shape: TokenShape, device: torch.device | str) -> Tensor:
-    """Coordinates ``[video, axes]``: frame, row and column of 30 x 45 patches."""
+    """Coordinates ``[video, axes]``: frame, row and column in frames of 30 x 45 patches."""
     token = torch.arange(shape.video, device=device)
     every = torch.stack([token // 1350, token % 1350 // 45, token % 45], dim=-1)
     return every[:, : len(shape.axes)].float()

@@ -1,8 +1,8 @@
-"""Steps of models with real tensors, and the reference that every provider is held against.
+"""Steps of models with real tensors, and the reference that every provider is compared with.
 
-What is differentiated are all parameters of the model. The reference is eager PyTorch with the same
-weights and inputs, in the order of the released code, in fp64, or in fp32 on a GPU, where a model
-of full size would not fit otherwise. It keeps no activations but the blocks' inputs.
+All parameters of the model are differentiated. The reference is eager PyTorch with the same weights
+and inputs, in the order of the released code: in fp64, or on a GPU in fp32, as a model of full size
+would not fit otherwise. Of the activations it keeps the inputs of the blocks only.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Reference(NamedTuple):
     grads: dict[int, Tensor]  # of some leaves, by their index
 
     def gradient_error(self, actual: Tensor, expected: Tensor) -> float:
-        """In units of its largest value; of one that only rounding keeps from 0, of any gradient's.
+        """The error in units of the largest value of this gradient.
 
-        A bias of all keys is such a parameter: attention is the same without it.
+        A gradient that is 0 but for rounding is measured in units of the largest of all. The bias
+        of the keys has such a one: attention is the same without it.
         """
         largest = max(float(grad.abs().max()) for grad in self.grads.values())
         own = float(expected.abs().max())
@@ -42,7 +43,7 @@ class Reference(NamedTuple):
 
 
 class ModelFunction:
-    """A model and what it is run on, as a function of its parameters."""
+    """A model and its inputs, as a function of the model's parameters."""
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         self.model, self.step = model, Step(model, run)
@@ -54,14 +55,14 @@ class ModelFunction:
 
 @dataclass(frozen=True, eq=False)
 class ModelCase:
-    """All providers run `model`, with other ops, in another way or compiled: the same weights."""
+    """All providers run `model` with its weights: with other ops, in another way, or compiled."""
 
     spec: ModelStep
     dtype: torch.dtype
     device: torch.device
     model: nn.Module  # with eager ops
     example: Any
-    # known once asked for, by whether there is a backward
+    # filled when first needed; the key says whether there is a backward
     references: dict[bool, Reference] = field(default_factory=dict)
     eager_errors: dict[bool, float] = field(default_factory=dict)
 
@@ -84,7 +85,7 @@ class ModelCase:
         return [_upstream(x) for x in outputs]
 
     def allowed(self, backward: bool) -> float:
-        """At least twice what eager PyTorch is off: errors grow with the number of layers."""
+        """At least twice the error of eager PyTorch, as errors grow with the number of layers."""
         if backward not in self.eager_errors:
             function = self.function(EAGER, "released")
             self.eager_errors[backward] = self.disagreement(function, backward)

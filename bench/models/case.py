@@ -1,8 +1,8 @@
-"""What the benchmarks know of a step of a model, or of a whole sampler, whichever model it is of.
+"""A step of a model, or a whole sampler, as the benchmarks see it, whichever model it is of.
 
-A step is a model, built with eager ops and random weights, and an example to run it on. Where the
-released code takes another way to the same result than our models do, an example knows both, and
-so may it know a way by a cache.
+A step is a model, built with eager ops and random weights, and an example to run it on. Where our
+models come to the same result in another way than the released code, the example knows both ways;
+some know a third, with a cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vidgen.ops import Ops
 from vidgen.shapes import Direction
 
 Way = Literal["ours", "released", "cached"]
-Run = Callable[[Any], Tensor]  # of the model
+Run = Callable[[Any], Tensor]  # takes the model
 
 TRAINING: tuple[Direction, ...] = ("fwd", "bwd", "fwd+bwd")
 SAMPLING: tuple[Direction, ...] = ("fwd",)
@@ -40,12 +40,12 @@ class ModelStep(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """The model's."""
+        """The name of the model, as reports show it."""
 
     @property
     @abstractmethod
     def work(self) -> dict[str, float]:
-        """Of a call, by the name of its rate: per second, what is counted in seconds apart."""
+        """The work of a call, by the name of its rate (this work over the seconds taken)."""
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -53,24 +53,24 @@ class ModelStep(ABC):
 
     @property
     def measured_share(self) -> float:
-        """How much of the work is run; times of the whole are projected from it."""
+        """The share of the work that is run; the time of the whole is projected from it."""
         return 1.0
 
     @property
     def has_cache(self) -> bool:
-        """Whether there is a way "cached"."""
+        """Whether it can run in the way "cached"."""
         return False
 
     @abstractmethod
     def model(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """With eager ops."""
+        """The model, with eager ops."""
 
     @abstractmethod
     def example(self, model: Any) -> Any:
         """Inputs in the model's dtype and on its device."""
 
     def prepare(self, example: Any, model: nn.Module, way: Way) -> Run:
-        """What is timed; all that lasts for many calls is done here, by ``model``."""
+        """The call that is timed. Work that many calls share is done here, with ``model``."""
         return example
 
     def widened(self, example: Any, dtype: torch.dtype) -> Any:
@@ -83,12 +83,12 @@ class ModelStep(ABC):
 
 
 class TokenStep(ModelStep):
-    """Counted in video tokens."""
+    """A step whose work is counted in video tokens."""
 
     @property
     @abstractmethod
     def n_tokens(self) -> int:
-        """Video tokens that the model is given, history and both branches of guidance included."""
+        """Video tokens given to the model, with history and both branches of guidance."""
 
     @property
     def work(self) -> dict[str, float]:
@@ -96,7 +96,7 @@ class TokenStep(ModelStep):
 
 
 class Sampler(ModelStep):
-    """Latents of a video from noise, without text encoder and VAE; an even share of the steps."""
+    """From noise to latents, without text encoder and VAE; of the steps an even share is run."""
 
     @property
     def work(self) -> dict[str, float]:
@@ -108,7 +108,7 @@ class Sampler(ModelStep):
 
 
 class Step(nn.Module):
-    """A model and what it is run on, without arguments."""
+    """A model and its inputs, as a module without arguments."""
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         super().__init__()
@@ -122,10 +122,10 @@ ForwardChange = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def twin(model: nn.Module, ops: Ops, change: ForwardChange | None = None) -> nn.Module:
-    """The model with other ops and the same parameters; ``change`` is made to its blocks' forward.
+    """The model with other ops and the same parameters; ``change`` wraps the forward of its blocks.
 
-    Blocks are what lies in a ModuleList of the model or of its parts. They keep their classes, by
-    which models know them.
+    Blocks are the members of a ModuleList of the model or of its parts. They keep their classes,
+    which models look at.
     """
     made = copy.copy(model)
     if hasattr(made, "ops"):
@@ -157,5 +157,5 @@ def _changed(block: nn.Module | None, change: ForwardChange) -> nn.Module:
 
 
 def keeping_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block whose backward runs it again: of full size nothing else would fit in fp32."""
+    """A block that runs again in its backward: in fp32, a full model would not fit otherwise."""
     return partial(checkpoint, forward, use_reentrant=False)

@@ -1,7 +1,7 @@
 """NOVA: steps of training, its temporal and spatial passes, the denoising of a set, whole videos.
 
-The released code denoises whole latents where our sampler keeps the set's tokens alone, and the
-like: eager PyTorch takes its way, ours the other, to the same results.
+The released code does more than is needed, such as denoising whole latents where the tokens of one
+set are enough. Eager PyTorch runs in its way and ours in the shorter one, to the same results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class NovaStep(ModelStep):
 
 @dataclass(frozen=True)
 class NovaTraining(NovaStep, TokenStep):
-    """`temporal`: the video encoder alone."""
+    """A step of training; ``temporal``: the pass of the video encoder alone."""
 
     temporal: bool = False
     rows: int = 3
@@ -104,7 +104,7 @@ class NovaSet(NovaStep, TokenStep):
 
 @dataclass(frozen=True)
 class NovaVideo(NovaStep, Sampler):
-    """The first frames of a video; all of them cost the same but for 0.2 %, the temporal pass."""
+    """The first frames of a video; the cost of frames differs by 0.2 %, the temporal pass."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)  # of the measured frames
     clip_frames: int = CLIP_FRAMES

@@ -16,7 +16,7 @@ from bench.models.calls import ModelCase
 from vidgen import eager
 from vidgen.ops import EAGER, FUSED
 
-COMPILED_VARIANTS = 32  # of a function: more than any block has; those past it run uncompiled
+COMPILED_VARIANTS = 32  # of a function; more than any block has, as further ones run uncompiled
 SEGMENT = torch.compile(eager.segment, dynamic=False)
 
 
@@ -34,8 +34,8 @@ class CompiledWindow(eager.CacheWindow):
         return h, a
 
 
-# Traced, every block would build the dense mask anew; so it is built once for all of them. What
-# RepVideo's cache does differs between layers; so it is not compiled as a part of them.
+# If attention were traced, every block would build the dense mask anew. RepVideo's cache differs
+# between layers, so it is compiled apart from the blocks.
 OPAQUE = EAGER._replace(
     interval_attention=torch.compiler.disable(eager.interval_attention),
     segment=torch.compiler.disable(SEGMENT),
@@ -44,7 +44,7 @@ OPAQUE = EAGER._replace(
 
 
 def compiled(case: ModelCase, backend: str | Callable[..., Any] = "inductor") -> Function:
-    """Block by block: all of a kind share what is compiled, the whole would take many minutes."""
+    """Compiles one block of each kind, which the others share; a whole model takes many minutes."""
     change = partial(torch.compile, dynamic=False, backend=backend)
     function = case.function(OPAQUE, "released", change)
     return dynamo_config.patch(recompile_limit=COMPILED_VARIANTS)(function)
@@ -54,7 +54,7 @@ def _without_cache(case: ModelCase, backward: bool) -> str | None:
     return None if case.spec.has_cache else "there is no cache, or nothing in it"
 
 
-# None compiles ahead in parallel: models of full size do not fit beside each other.
+# None sets `compiles`: models of full size do not fit on a GPU side by side.
 PROVIDERS = as_table(
     Provider(
         "ours", "this package's models and operators", lambda case: case.function(FUSED, "ours")

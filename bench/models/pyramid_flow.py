@@ -1,8 +1,8 @@
 """Pyramid Flow: steps of training, evaluations of both transformers, and whole videos.
 
 A step of training makes the columns of the pyramid, runs the model on all of them packed, and
-returns the loss. An evaluation returns the velocity of the frame that is being made, for a prompt
-and for the empty one; by the cache it is given the keys and values that the unit before left.
+returns the loss. An evaluation returns the velocity of the current frame, for a prompt and for the
+empty one; with the cache it is given the keys and values of earlier frames.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class PyramidTraining(PyramidStep, TokenStep):
         return training_example(model, size=self.size, n_frames=self.n_frames)
 
     def widened(self, example: TrainingExample, dtype: torch.dtype) -> Callable[[Any], Tensor]:
-        """Its columns too: a timestep that is rounded to 16 bits is another time."""
+        """The columns of the example, widened too: rounded to 16 bits a timestep would differ."""
         columns, conditions = super().widened((example.columns(EAGER), example.conditions), dtype)
         return lambda model: training_step(model, columns, conditions).loss
 

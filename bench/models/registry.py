@@ -1,21 +1,13 @@
-"""The registry: steps of all models, and their samplers."""
+"""`STEPS` of all models, and their samplers (`VIDEOS`), by set of shapes."""
 
 from __future__ import annotations
 
-from bench.models import (
-    nova as nova_cases,
-)
-from bench.models import (
-    pyramid_flow as pyramid_cases,
-)
-from bench.models import (
-    repvideo as repvideo_cases,
-)
+from bench.models import nova, pyramid_flow, repvideo
 from bench.models.case import ModelStep
 
-FAMILIES = (pyramid_cases, repvideo_cases, nova_cases)
+FAMILIES = (pyramid_flow, repvideo, nova)
 
-# The most telling first: a run that is cut short has measured those.
+# The most important first, as a run may be cut short.
 STEPS: dict[str, tuple[ModelStep, ...]] = {
     "real": (
         *(step for family in FAMILIES for step in family.TRAININGS),

@@ -1,8 +1,8 @@
-"""What changed between two results: ``vidgen bench --compare BEFORE.json AFTER.json``.
+"""Shows what changed between two results: ``vidgen bench --compare BEFORE.json AFTER.json``.
 
-Medians of the same op, shape, dtype, direction and provider. A change counts when it is larger than
-the spread of both measurements and than `SMALLEST`; only ours decides whether something regressed,
-peers show how far the machine itself has moved.
+It compares medians of the same op, shape, dtype, direction and provider. A change counts when it is
+larger than `SMALLEST` and than the spread of both measurements. Only ours decides whether something
+regressed; peers show how far the machine itself has moved.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run by path, with nothing installed
 
 from bench.report.groups import OURS, groups
+from bench.report.terminal import make_console
 
 SMALLEST = 0.05  # a change of the median below this is not shown
 
@@ -50,13 +51,13 @@ class Change:
 
 
 def changes(before: dict, after: dict) -> list[Change]:
-    """Everything that both have measured, in the order of ``after``."""
+    """All rows that both have, in the order of ``after``."""
     old = _rows(before)
     return [Change(key, old[key], row) for key, row in _rows(after).items() if key in old]
 
 
 def lost(before: dict, after: dict) -> list[tuple[str, ...]]:
-    """What ``after`` tried and no longer has: it failed, is wrong or refused."""
+    """Rows that ``after`` tried and has no times for: the provider failed, is wrong or refused."""
     tried = {(g.op, g.shape, g.dtype, g.direction, p) for g in groups(after) for p in g.missing}
     return [key for key in _rows(before) if key in tried]
 
@@ -70,7 +71,7 @@ def _rows(results: dict) -> dict[tuple[str, ...], dict]:
 
 
 def read(path: Path) -> dict:
-    """Raises ValueError where a file is none of our results."""
+    """The results in a file; raises ValueError where it holds none."""
     if not path.is_file():
         raise ValueError(f"compare: expected a results file, {path} is none")
     try:
@@ -99,7 +100,7 @@ def print_changes(found: list[Change], gone: list[tuple[str, ...]], console: Con
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 where ours is nowhere slower, 1 where it is or is lost, 2 for files that do not compare."""
+    """Exit status 1 where ours is slower or lost, 2 for files that do not compare, else 0."""
     parser = argparse.ArgumentParser(description="Two benchmark results side by side.")
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
@@ -116,8 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     gpus = [results["machine_info"]["gpu"] for results in (before, after)]
     if gpus[0] != gpus[1]:
         print(f"compare: different machines: {gpus[0]}, {gpus[1]}", file=sys.stderr)
-    console = Console()
-    print_changes(found, gone, console if console.is_terminal else Console(width=140))
+    print_changes(found, gone, make_console())
     slower = sum(change.is_slower for change in found if change.key[-1] == OURS)
     faster = sum(change.is_faster for change in found if change.key[-1] == OURS)
     print(f"ours: {slower} slower, {faster} faster, of {sum(c.key[-1] == OURS for c in found)}")

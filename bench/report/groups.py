@@ -1,4 +1,7 @@
-"""Results JSON -> groups: all providers of one op, shape, dtype and direction side by side."""
+"""Reads results JSON into groups: all providers of one op, shape, dtype and direction.
+
+All of `bench/report/` works on these. Results of two runs are merged here, too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 OURS = "ours"
-# The first that a shape has: what a model does without our kernels.
+# What a model does without our kernels: the first of these that a shape has.
 BASELINES = ("sdpa_dense", "sdpa_full", "eager")
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 KEY = ("op", "shape", "dtype", "direction", "provider")
@@ -15,17 +18,17 @@ KEY = ("op", "shape", "dtype", "direction", "provider")
 
 @dataclass(frozen=True)
 class Suite:
-    """The words for one kind of benchmark, and the file its results live in."""
+    """The words of a report on one suite, and the name of its files."""
 
     name: str
-    rate: str  # how results call it
+    rate: str  # its name in the results
     unit: str
-    peak: str | None  # what ours is a share of
-    over: str  # what the plot of speed-ups compares with
+    peak: str | None  # what the peak is measured with
+    over: str  # the baseline in the plot of speed-ups
     time: str = "ms"
 
     def duration(self, row: dict) -> float:
-        """In the unit of `time`; that of a video is projected from what was measured of it."""
+        """The time in the unit of `time`; that of a video is projected from the measured part."""
         if self.time == "s/video":
             return row["median_ms"] / 1e3 / row["measured_share"]
         return row["median_ms"]
@@ -109,7 +112,7 @@ def curves(found: list[Group]) -> list[MeasuredCurve]:
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
-    """The slope of log(seconds) over log(sizes), by least squares; None of fewer than two sizes."""
+    """Slope of log(seconds) over log(sizes) by least squares; None for fewer than two sizes."""
     if len(set(sizes)) < 2:
         return None
     x, y = ([math.log(v) for v in values] for values in (sizes, seconds))
@@ -119,7 +122,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
 
 
 def merge(old: dict, new: dict) -> dict:
-    """Old results, the new ones in their place; a provider is measured or not, never both."""
+    """Old results with the new ones in their place; a provider is measured or missing, not both."""
 
     def key(row: dict) -> tuple:
         return tuple(row[name] for name in KEY)

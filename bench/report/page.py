@@ -1,4 +1,4 @@
-"""The README of a results folder as one HTML file: tables and plots, nothing to load."""
+"""The README of a results folder as one HTML file that holds its tables and plots."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import base64
 import re
 from html import escape
 from pathlib import Path
+
+from bench.report.columns import BROKEN, SPEEDUP
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem;
@@ -19,18 +21,19 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid #e5e5e5 }
 tbody tr:hover { background: #f6f6f6 }
 .faster { color: #00704f } .slower { color: #b3261e } .wrong { color: #b3261e; font-weight: bold }
 """
-SPEEDUP = re.compile(r"(<td[^>]*>)(~?([\d.]+)x)(</td>)")
+FASTER = re.compile(rf"(<td[^>]*>)({SPEEDUP.pattern})(</td>)")
+WRONG = re.compile(rf"(<td[^>]*)>({'|'.join(BROKEN)})<")
 
 
 def page(text: str, folder: Path) -> str:
-    """``text``, Markdown as `report` writes it, with the images of ``folder`` inside."""
+    """``text`` is the Markdown of the README, ``folder`` holds its images."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt().enable("table").render(text)
     body = body.replace("<table>", '<div class="table"><table>')
     body = body.replace("</table>", "</table></div>")
-    body = SPEEDUP.sub(_coloured, body)
-    body = re.sub(r"(<td[^>]*)>(WRONG|failed|wrong)<", r'\1 class="wrong">\2<', body)
+    body = FASTER.sub(_coloured, body)
+    body = WRONG.sub(r'\1 class="wrong">\2<', body)
     body = re.sub(r'<img src="([^"]+)"', lambda m: f'<img src="{_inline(folder / m[1])}"', body)
     title = escape(text.splitlines()[0].removeprefix("# "))
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'

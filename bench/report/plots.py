@@ -1,4 +1,4 @@
-"""Plots of a results folder: times faster than the baseline, share of the peak, curves."""
+"""The plots of a results folder: speed-up over the baseline, share of the peak, scaling curves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.report.groups import DIRECTIONS, OURS, Group, curves
 
-# Okabe and Ito's palette, readable with any colour vision; ours is the strong one.
+# Okabe and Ito's palette, readable with any colour vision; ours has the strongest colour.
 COLOURS = {
     "ours": "#D55E00",
     "sdpa_dense": "#999999",
@@ -28,7 +28,7 @@ OTHER = "#E69F00"
 
 
 def plot_speedup(found: list[Group], path: Path) -> None:
-    """Speed-up over the baseline; a bar is what skipping hidden pairs alone can give."""
+    """Speed-up over the baseline. A grey bar is what skipping the hidden pairs alone would give."""
 
     def draw(axes, y: int, group: Group) -> None:
         baseline = group.baseline
@@ -42,7 +42,7 @@ def plot_speedup(found: list[Group], path: Path) -> None:
 
 
 def plot_peak(found: list[Group], path: Path) -> None:
-    """Share of the machine's peak, counting visible pairs, or bytes that must move, only."""
+    """Share of the machine's peak; only visible pairs, or bytes that must move, count as work."""
 
     def draw(axes, y: int, group: Group) -> None:
         for provider, row in group.rows.items():
@@ -53,7 +53,7 @@ def plot_peak(found: list[Group], path: Path) -> None:
 
 
 def plot_curves(found: list[Group], path: Path) -> None:
-    """Time over size, both logarithmic, a panel per curve and direction."""
+    """Time over size, both logarithmic, with a panel for each curve and direction."""
     pyplot = _pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
 

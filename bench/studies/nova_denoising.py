@@ -3,9 +3,10 @@
     python bench/studies/nova_denoising.py               # a loop's two widths, and whole frames
     python bench/studies/nova_denoising.py --widths 320 --rounds 5
 
-A loop is that of all sets of a frame, `SetDenoiser` against `denoise_latents`; a frame runs the
-image encoder too. Both orders start from the same numbers and are first compared. They take turns;
-a ratio is that of the medians. `calls` are operators called from Python in one set.
+The loop is that of all sets of a frame, `SetDenoiser` against `denoise_latents`; a frame runs the
+image encoder too. All orders start from the same numbers, and their results are compared. They are
+timed in turns, and ratios are those of medians. `calls` counts the operators that Python calls in
+one set.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from vidgen.nova.sampling.guidance import Guidance
 from vidgen.nova.sampling.schedules import FlowMatching
 from vidgen.ops import EAGER, FUSED
 
-ORDERS = {"released": EAGER, "eager": EAGER, "ours": FUSED}  # the second: our order, eager ops
+ORDERS = {"released": EAGER, "eager": EAGER, "ours": FUSED}  # "eager": our order of work
 SCALE = 5.0
 TOLERANCE = 1e-4  # fp32, of latents of size 1 to 10
 

@@ -3,7 +3,8 @@
     python bench/studies/nova_flops.py
 
 Nothing is computed: models are on the meta device. All layers of a half cost the same but the last,
-so two depths tell any depth. The set-causal order needs a model trained so.
+so the count at two depths gives that at any depth. The set-causal order needs a model that was
+trained with that mask.
 """
 
 from __future__ import annotations

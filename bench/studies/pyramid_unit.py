@@ -3,9 +3,9 @@
     python -m bench.studies.pyramid_unit                  384p, unit 15, a narrow miniFLUX
     python -m bench.studies.pyramid_unit --heads 30 --layers 24 --dtype bfloat16 --device cuda
 
-A unit runs through all stages at real token counts, guided. All providers have the same weights and
-noise, and are first held against the eager one. The unit before is made too, and not timed: it
-leaves its keys and values in the cache.
+A unit runs through all stages at real token counts, with guidance. All providers have the same
+weights and noise, and are first compared with the eager one. The unit before it is sampled too, but
+not timed: it leaves its keys and values in the cache.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def main() -> None:
         if error > TOLERANCE[case.dtype]:
             raise SystemExit(f"{provider.name}: wrong, {error:.1e} from eager PyTorch")
     seconds: dict[Provider, list[float]] = {provider: [] for provider in PROVIDERS}
-    for _ in range(args.repeats):  # interleaved: a machine changes its pace
+    for _ in range(args.repeats):  # in turns, as clocks drift
         for provider, run in runs.items():
             seconds[provider].append(run()[1])
     print(f"{case.model} {case.size}, unit {case.unit}, {args.heads} heads, {args.dtype}")

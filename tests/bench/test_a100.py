@@ -1,6 +1,6 @@
-"""What the page on the A100 says is what the machine code says; the model of the pipes is sane.
+"""The page on the A100 says what the machine code says; the model of the pipes is sane.
 
-As with the tables, the page is compared under the Triton version it names.
+The page is compared only under the Triton version that it names.
 """
 
 import json
@@ -12,85 +12,81 @@ import triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.a100 import models as a100_models
-from bench.a100 import static as a100
+from bench.a100 import models, static
 from bench.memory.registry import CASES, MemoryCase
 from bench.models.registry import STEPS
-from tests.aot import compile as aot_compile
 from tests.aot import pipes
-from tests.aot.compile import Instruction
+from tests.aot.compile import Instruction, table_rows
 from vidgen.ops import FUSED
 from vidgen.shapes import REAL
 
 RENEW = "renew the page and review it: python bench/a100/static.py --write"
 pytestmark = pytest.mark.aot
 
-# Percent of the tensor peak. FlashAttention-2's loops replay at 70 and 80 forward and, with atomic
-# adds that are not counted, 61 and 68 backward.
+# The least replay, in percent of the tensor peak. FlashAttention-2's loops replay at 70 and 80
+# forward and, with atomic adds that are not counted, at 61 and 68 backward.
 REPLAY = {"fwd D 64": 74, "fwd D 128": 76, "dq D 64": 77, "dkdv D 64": 76, "dkdv D 128": 68}
-# What a step of a model calls.
+# The operators that a step of a model calls.
 OPS = ("residual_norm", "post_norm", "qk_norm_rope", "qk_norm_rope_joint")
 COUNTED = [case for case in CASES["reduced"] if case.variant in OPS]
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[str]]:
-    page = a100.TABLE.read_text()
+    page = static.TABLE.read_text()
     if f"Triton\n{triton.__version__} compiles" not in page:
         pytest.skip("the page was written under another Triton version")
-    return {
-        name: row
-        for part in page.split("## ")
-        for name, row in aot_compile.table_rows(part).items()
-    }
+    return {name: row for part in page.split("## ") for name, row in table_rows(part).items()}
+
+
+def replays(rows: dict[str, list[str]]) -> dict[str, float]:
+    return static.replays([rows[f"{c.kernel} D {c.head_dim}"] for c in static.attention_cases()])
 
 
 def test_the_page_names_what_ships() -> None:
-    page = a100.TABLE.read_text()
+    page = static.TABLE.read_text()
     assert "# A100: not measured" in page
-    shipped = {f"{c.kernel} D {c.head_dim}" for c in a100.attention_cases()}
-    shipped |= {case.memory.name for case in a100.memory_cases()}
-    own, *_ = page.split(a100.ON_MEASURED)
-    *kernels, calls, steps = (aot_compile.table_rows(part) for part in own.split("## "))
+    shipped = {f"{c.kernel} D {c.head_dim}" for c in static.attention_cases()}
+    shipped |= {case.memory.name for case in static.memory_cases()}
+    own, *_ = page.split(static.ON_MEASURED)
+    *kernels, calls, steps = (table_rows(part) for part in own.split("## "))
     assert {name.split(", ")[-1] for part in kernels for name in part} == shipped
     assert list(calls) == [s.name for s in (*REAL, *CASES["real"])]
-    assert list(steps) == [s.spec.name for s in a100_models.STEPS]
-    assert {s.spec.name for s in a100_models.STEPS} <= {s.name for s in STEPS["real"]}
+    assert list(steps) == [s.spec.name for s in models.STEPS]
+    assert {s.spec.name for s in models.STEPS} <= {s.name for s in STEPS["real"]}
 
 
-@pytest.mark.parametrize("case", a100.attention_cases(), ids=str)
+@pytest.mark.parametrize("case", static.attention_cases(), ids=str)
 def test_attention(case, rows: dict[str, list[str]]) -> None:
-    row = a100.attention_row(case)
-    assert float(row[a100.ATTENTION.index("replay")].rstrip("%")) >= REPLAY.get(row[0], 0)
+    row = static.attention_row(case)
+    assert float(row[static.ATTENTION_HEADERS.index("replay")].rstrip("%")) >= REPLAY.get(row[0], 0)
     assert rows[row[0]] == row, RENEW
 
 
-@pytest.mark.parametrize("case", a100.memory_cases(), ids=str)
+@pytest.mark.parametrize("case", static.memory_cases(), ids=str)
 def test_memory(case, rows: dict[str, list[str]]) -> None:
-    for row in a100.memory_rows(case):
+    for row in static.memory_rows(case):
         assert rows[row[0]] == row, RENEW
 
 
 def test_projection_follows_from_the_table(rows: dict[str, list[str]]) -> None:
-    attention = [rows[f"{c.kernel} D {c.head_dim}"] for c in a100.attention_cases()]
-    for row in a100.projections(attention):
+    for row in static.projections(replays(rows)):
         assert rows[row[0]] == row
 
 
-@pytest.mark.parametrize("step", a100_models.STEPS, ids=lambda s: s.spec.name)
-def test_step(step: a100_models.Step, rows: dict[str, list[str]]) -> None:
-    replay = a100.replays([rows[f"{c.kernel} D {c.head_dim}"] for c in a100.attention_cases()])
-    row = a100.step_row(step, replay)
+@pytest.mark.parametrize("step", models.STEPS, ids=lambda s: s.spec.name)
+def test_step(step: models.Step, rows: dict[str, list[str]]) -> None:
+    row = static.step_row(step, replays(rows))
     assert rows[row[0]] == row, RENEW
 
 
 def test_what_was_measured_elsewhere_is_on_the_page(rows: dict[str, list[str]]) -> None:
-    for row in a100.measured_rows(a100.RESULTS):
+    for row in static.measured_rows(static.RESULTS):
         assert rows[row[0]] == row, RENEW
 
 
 def test_a_measured_share_is_one_of_the_peak_of_an_a100(tmp_path: Path) -> None:
-    """Half of a peak of 400 TFLOP/s for 2 ms, 400 GFLOP, at half of 312 by the assumed shares."""
+    """200 TFLOP/s for 2 ms are 400 GFLOP, at half of the peak; here at half of 312 TFLOP/s."""
     info = {"op": "attention", "shape": "frames", "dtype": "bf16", "direction": "fwd"}
     info |= {"tflops": 200.0, "fraction_of_peak": 0.5, "median_ms": 2.0, "gpu": "NVIDIA H200"}
     found = [{**info, "provider": p} for p in ("ours", "flex")] + [{**info, "dtype": "fp16"}]
@@ -100,14 +96,14 @@ def test_a_measured_share_is_one_of_the_peak_of_an_a100(tmp_path: Path) -> None:
     for folder in ("nvidia-h200", "cpu"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "attention.json").write_text(json.dumps(results))
-    (row,) = a100.measured_rows(tmp_path)
-    low, high = (400 / (0.5 * 312 * share) for share in reversed(a100_models.CUBLAS))
+    (row,) = static.measured_rows(tmp_path)
+    low, high = (400 / (0.5 * 312 * share) for share in reversed(models.CUBLAS))
     assert row == ["frames, NVIDIA H200", "50%", "-", f"{low:.3g} to {high:.3g}", "-"]
 
 
-def counted(function, *args) -> list[a100_models.Call]:
+def counted(function, *args) -> list[models.Call]:
     """The operators of a call on fake tensors."""
-    mode = a100_models.Counted(lambda q, k: q.shape[2] * k.shape[2])
+    mode = models.Counted(lambda q, k: q.shape[2] * k.shape[2])
     with torch.no_grad(), mode:
         function(*args)
     return mode.calls
@@ -118,15 +114,15 @@ def test_products_are_counted_with_what_they_read_and_write() -> None:
         layer, x = nn.Linear(32, 48), torch.empty(2, 5, 32)
         (call,) = counted(layer, x)
     weights = 48 * 32 + 48
-    assert call == a100_models.Call("linear", 2 * 10 * 32 * 48, 4 * (10 * 32 + weights + 10 * 48))
+    assert call == models.Call("linear", 2 * 10 * 32 * 48, 4 * (10 * 32 + weights + 10 * 48))
 
 
 def test_only_what_moves_is_counted() -> None:
     with FakeTensorMode():
         x = torch.empty(4, 6)
         assert counted(lambda: torch.empty_like(x.mT.unflatten(0, (2, 3))[1:])) == []
-        assert counted(lambda: x.mT.contiguous()) == [a100_models.Call("other", 0, 2 * 4 * 24)]
-        assert counted(lambda: x.add_(1)) == [a100_models.Call("other", 0, 4 * 24)]
+        assert counted(lambda: x.mT.contiguous()) == [models.Call("other", 0, 2 * 4 * 24)]
+        assert counted(lambda: x.add_(1)) == [models.Call("other", 0, 4 * 24)]
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.name)
@@ -140,15 +136,15 @@ def test_our_operators_move_their_floor(case: MemoryCase) -> None:
 def test_a_step_takes_as_long_as_the_slower_of_its_two_bounds() -> None:
     linear, moved = (0.5 * peak * 1e-3 for peak in (pipes.TENSOR_PEAK, pipes.DRAM))
     calls = [
-        a100_models.Call("linear", linear, 0),
-        a100_models.Call("linear", 0, moved),
-        a100_models.Call("attention", 1e11, 0, head_dim=64),
-        a100_models.Call("ours", 0, moved),
-        a100_models.Call("other", 0, 2 * moved),
+        models.Call("linear", linear, 0),
+        models.Call("linear", 0, moved),
+        models.Call("attention", 1e11, 0, head_dim=64),
+        models.Call("ours", 0, moved),
+        models.Call("other", 0, 2 * moved),
     ]
-    row = a100_models.projected(calls, lambda head_dim: (100.0, 200.0), (0.5, 1.0))
-    numbers = dict(zip(a100_models.HEADERS[1:], row, strict=True))
-    slow, fast = (0.5 / share for share in a100_models.CUBLAS)
+    row = models.projected(calls, lambda head_dim: (100.0, 200.0), (0.5, 1.0))
+    numbers = dict(zip(models.HEADERS[1:], row, strict=True))
+    slow, fast = (0.5 / share for share in models.CUBLAS)
     assert numbers["linear, ms"] == f"{fast + 0.5:.3g} to {slow + 1:.3g}"
     assert numbers["attention, ms"] == "0.5 to 1"
     assert numbers["ours, ms"] == "0.5 to 1" and numbers["other, ms"] == "1 to 2"
@@ -170,9 +166,9 @@ def test_the_busiest_pipe_bounds() -> None:
 
 
 def test_replay_waits_where_the_assembler_says() -> None:
-    # 8 cycles each, whoever issues them
+    # 8 cycles each, for any number of warps
     assert pipes.replay([line(HMMA, stall=2)] * 8) == 64
-    # one warp alone stalls 12 cycles after each, two fill the gaps of one another
+    # one warp alone stalls for 12 cycles after each; two fill each other's gaps
     slow = [line(HMMA, stall=12)] * 8
     assert pipes.replay(slow, n_warps=1) == 96
     assert pipes.replay(slow, n_warps=2) == 64

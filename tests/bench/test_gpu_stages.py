@@ -1,4 +1,4 @@
-"""What a rented GPU must not lose: workers that die, results that grow, runs that are cut short."""
+"""Nothing is lost on a rented GPU when a worker dies or a run is cut short."""
 
 import importlib
 import json
@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.gpu import stages as gpu
-from bench.gpu import subjects, tune
-from bench.measure import timing as measure
-from bench.measure import workers
+from bench.gpu import stages, subjects, tune
+from bench.measure import timing, workers
 from bench.measure.failures import LOST, ContextLost
-from bench.report import groups, report
+from bench.report import groups
+from bench.report.files import write
 from bench.suites import ATTENTION
 from tests.paths import ROOT
 from vidgen import cli
@@ -30,7 +29,7 @@ ROW = {"op": "attention", "shape": "toy_frames", "dtype": "bf16", "direction": "
 
 
 def environment() -> dict[str, str]:
-    """pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist."""
+    """Hides pytest-xdist: pytest-benchmark measures nothing in a worker of it."""
     return {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
 
 
@@ -56,14 +55,14 @@ def obey(what, name):
 
 @pytest.fixture
 def obey(monkeypatch, tmp_path: Path):
-    """A function of a module that its processes import in no time."""
+    """A function in a module that is quick to import."""
     (tmp_path / "obedient.py").write_text(OBEY)
     monkeypatch.syspath_prepend(tmp_path)
     yield importlib.import_module("obedient").obey
     del sys.modules["obedient"]
 
 
-def test_a_worker_that_dies_is_told_of_and_the_others_go_on(obey) -> None:
+def test_a_worker_that_dies_is_reported_and_the_others_go_on(obey) -> None:
     jobs = [("do", "a"), ("die", "b"), ("raise", "c"), ("lose the GPU", "d"), ("do", "e")]
     assert dict(workers.in_parallel(obey, jobs, n_workers=1)) == {
         ("do", "a"): "a done",
@@ -80,12 +79,12 @@ def test_what_takes_too_long_is_stopped(obey) -> None:
     assert time.monotonic() - start < 60
 
 
-# ---- a provider that takes the GPU's context with it
+# ---- a provider that loses the GPU's context
 
 
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU's, which is lost where a test says so."""
+    """The context of a GPU, which is lost when a test says so."""
     state = SimpleNamespace(lost=False)
 
     def synchronize() -> None:
@@ -98,10 +97,10 @@ def context(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return state
 
 
-def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> None:
+def test_only_the_provider_that_lost_the_context_is_blamed(context: SimpleNamespace) -> None:
     def lose(case):
         context.lost = True
-        measure.torch.cuda.synchronize()
+        timing.torch.cuda.synchronize()
 
     dense = ATTENTION.providers["sdpa_dense"]
     named = [
@@ -115,7 +114,7 @@ def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> N
         for name, setup in named
     ]
     case = ATTENTION.make(TOY[0], torch.float32, torch.device("cpu"))
-    found = measure.measure_group(case, False, providers, once=True)
+    found = timing.measure_group(case, False, providers, once=True)
     assert {name: outcome.status for name, outcome in found.items()} == {
         "before": "postponed",
         "raises": "failed",
@@ -126,7 +125,7 @@ def test_nobody_else_is_blamed_for_a_lost_context(context: SimpleNamespace) -> N
     assert found["loses"].reason.startswith(LOST)
 
 
-def test_whoever_lost_the_context_is_left_out_of_a_new_start() -> None:
+def test_a_provider_that_lost_the_context_is_left_out_of_a_new_start() -> None:
     def row(provider: str, status: str, reason: str, **more) -> dict:
         return {**ROW, "provider": provider, "status": status, "reason": reason, **more}
 
@@ -137,19 +136,19 @@ def test_whoever_lost_the_context_is_left_out_of_a_new_start() -> None:
         row("ours", "postponed", LOST),
         row("natten", "failed", "out of memory"),
     ]
-    found = gpu._tests_that_lost_the_gpu({"not_measured": rows})
+    found = stages._tests_that_lost_the_gpu({"not_measured": rows})
     assert found == {
         "bench/bench_attention.py::test_attention[toy_frames-bf16-fwd-flex]",
         "bench/bench_memory.py::test_memory[segment_n4-toy-bf16-fwd-eager]",
     }
-    assert gpu._tests_that_lost_the_gpu({}) == set()
+    assert stages._tests_that_lost_the_gpu({}) == set()
 
 
 # ---- results that grow
 
 
 def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
-    """In turns from all suites, joined to what an earlier run kept, without what is deselected."""
+    """All suites in turns, joined to the results of an earlier run, without deselected tests."""
     path = tmp_path / "kept.json"
     earlier = {**ROW, "provider": "eager", "status": "failed", "reason": "earlier"}
     path.write_text(json.dumps({"benchmarks": [], "not_measured": [earlier], "measuring": "x"}))
@@ -178,25 +177,36 @@ def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
 
 
 def test_shapes_are_taken_from_every_suite_in_turns() -> None:
-    chosen = gpu._chosen_specs(["--shapes=wan_*,segment_n[14]-repvideo_2b", "--providers=ours"])
+    chosen = stages._chosen_specs(["--shapes=wan_*,segment_n[14]-repvideo_2b", "--providers=ours"])
     assert chosen[:2] == [
         ("attention", "wan_14b_block_causal"),
         ("memory", "segment_n1-repvideo_2b"),
     ]
     assert len(chosen) == 6
-    assert {suite for suite, _ in gpu._chosen_specs([])[:5]} == set(gpu.SUITES)
+    assert {suite for suite, _ in stages._chosen_specs([])[:5]} == set(stages.SUITES)
+
+
+def test_a_shape_is_finished_when_all_directions_are_there(tmp_path: Path) -> None:
+    path, stats = tmp_path / "attention.json", {"median": 1.0, "iqr": 0.0}
+    rows = [
+        {"stats": stats, "extra_info": {**ROW, "direction": direction, "provider": "ours"}}
+        for direction in groups.DIRECTIONS
+    ]
+    for n, finished in ((1, set()), (3, {"toy_frames"})):
+        path.write_text(json.dumps({"benchmarks": rows[:n]}))
+        assert stages._finished(path) == finished
 
 
 def test_what_passed_before_a_change_runs_again(tmp_path: Path) -> None:
     passed = tmp_path / "tests_passed.txt"
-    gpu._forget_other_sources(passed)
+    stages._forget_other_sources(passed)
     header = passed.read_text()
     with passed.open("a") as file:
         file.write("tests/gpu/test_attention.py::test_autocast\n")
-    gpu._forget_other_sources(passed)
+    stages._forget_other_sources(passed)
     assert passed.read_text() == f"{header}tests/gpu/test_attention.py::test_autocast\n"
     passed.write_text("# sources 0\ntests/gpu/test_attention.py::test_autocast\n")
-    gpu._forget_other_sources(passed)
+    stages._forget_other_sources(passed)
     assert passed.read_text() == header
 
 
@@ -207,7 +217,7 @@ def test_profiles_are_a_handful_of_files(tmp_path: Path) -> None:
     for shape in ("a", "b"):
         for suffix in ("txt", "json.gz", "ncu-rep"):
             (scratch / f"{shape}.{suffix}").write_text(shape)
-        gpu._keep_profile(scratch, folder)
+        stages._keep_profile(scratch, folder)
     assert sorted(p.name for p in folder.iterdir()) == ["a.ncu-rep", "b.ncu-rep", "profile.zip"]
     with zipfile.ZipFile(folder / "profile.zip") as archive:
         assert sorted(archive.namelist()) == ["a.json.gz", "a.txt", "b.json.gz", "b.txt"]
@@ -216,7 +226,7 @@ def test_profiles_are_a_handful_of_files(tmp_path: Path) -> None:
 def test_a_process_that_takes_too_long_is_stopped_and_its_output_kept(tmp_path: Path) -> None:
     log = tmp_path / "log"
     script = "import time; print('begun', flush=True); time.sleep(1000)"
-    assert gpu._run([sys.executable, "-c", script], log, 1.0, gpu._environment()) == 124
+    assert stages._run([sys.executable, "-c", script], log, 1.0, stages._environment()) == 124
     assert log.read_text() == "begun\n"
 
 
@@ -224,7 +234,7 @@ def test_a_process_that_takes_too_long_is_stopped_and_its_output_kept(tmp_path: 
 
 
 def test_files_whose_packages_are_absent_are_skipped(tmp_path: Path) -> None:
-    """Else pytest would run none of the others."""
+    """Otherwise pytest would not run the other files."""
     (tmp_path / "test_absent.py").write_text("import no_such_package\n")
     (tmp_path / "test_broken.py").write_text("1 / 0\n")
     (tmp_path / "test_fine.py").write_text("def test_it(): pass\n")
@@ -259,7 +269,7 @@ def test_it(i):
 
 
 def test_a_worker_that_lost_the_context_is_replaced(tmp_path: Path) -> None:
-    """It fails one test, ends with the next, and the others pass."""
+    """It fails one test and ends at the next; a new worker passes the others."""
     (tmp_path / "test_losing.py").write_text(LOSING)
     passed = tmp_path / "passed.txt"
     flags = [
@@ -312,7 +322,7 @@ def test_tuning_goes_on_after_a_candidate_that_lost_the_context(
         context.lost = "reason" in outcome
         return outcome
 
-    monkeypatch.setattr(measure, "environment", lambda: {})
+    monkeypatch.setattr(timing, "environment", lambda: {})
     with pytest.raises(ContextLost):
         tuned(monkeypatch, path, time_one)
     context.lost = False
@@ -327,7 +337,7 @@ def test_tuning_leaves_out_the_candidate_that_ended_the_process(
     path = tmp_path / "launch_configs.json"
 
     def die(config) -> dict:
-        raise KeyboardInterrupt  # as good as any end
+        raise KeyboardInterrupt  # stands for the end of the process
 
     with pytest.raises(KeyboardInterrupt):
         tuned(monkeypatch, path, die)
@@ -341,5 +351,5 @@ def test_tuning_that_was_cut_before_the_play_off_still_has_one(monkeypatch, tmp_
     tuned(monkeypatch, path, lambda config: {"ms": 1.0})
     found = json.loads(path.read_text())
     del found["subjects"]["linear_step_fwd"]["best"]
-    report.write(path, json.dumps(found))
+    write(path, json.dumps(found))
     assert "best" in tuned(monkeypatch, path, lambda config: pytest.fail("timed again"))

@@ -1,21 +1,18 @@
-"""Steps of models and samplers as benchmarks: counted right, held against fp64, reported."""
+"""Steps of models and samplers as benchmarks: their tokens, their agreement, their compilation."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo import config as dynamo_config
 
-from bench.measure import timing as measure
+from bench.measure import timing
 from bench.models.calls import ModelCase, Reference
 from bench.models.case import ModelStep, TokenStep, twin
 from bench.models.providers import COMPILED_VARIANTS, compiled
 from bench.models.pyramid_flow import PyramidTraining, PyramidVideo
 from bench.models.registry import STEPS, VIDEOS
-from bench.report import groups, report
-from bench.suites import MODELS, SAMPLERS, directions
+from bench.suites import MODELS, directions
 from vidgen.nova.checks.example_steps import CONFIGS, SetOfFrame
 from vidgen.ops import EAGER, FUSED
 from vidgen.pyramid_flow.checks.example import TrainingExample
@@ -60,7 +57,7 @@ def test_tokens_of_a_step_are_those_of_its_example(spec: TokenStep) -> None:
 
 
 def test_tokens_at_released_sizes() -> None:
-    """13 x 30 x 45 patches of 49 frames; 9 frames of 30 x 48 tokens, 3 clips."""
+    """RepVideo: 13 x 30 x 45 patches, 2 rows. NOVA: 3 clips of 9 frames of 30 x 48 tokens."""
     assert SIZES["480p"].latents == (13, 60, 90)
     assert KNOWN["repvideo_2b_480p"].work == {"tokens_per_s": 2 * 17550}
     assert KNOWN["nova_train_480p"].work == {"tokens_per_s": 3 * 9 * 1440}
@@ -78,7 +75,7 @@ def test_there_are_steps_of_every_model_in_every_set() -> None:
 
 
 def test_the_projected_work_of_a_video() -> None:
-    """Per hour as many videos as calls, times the share of a video that a call makes."""
+    """Videos per hour are calls per hour, times the share of a video that a call makes."""
     video = PyramidVideo("flux", "384p")
     assert video.measured_share == 0.1 and video.work == {"videos_per_hour": 360}
     assert KNOWN["repvideo_2b_video_480p"].measured_share == 2 / 50
@@ -96,7 +93,7 @@ def test_sampling_has_no_backward() -> None:
 
 
 def one_percent_off(case: ModelCase):
-    """Every attention, and every norm that has no attention before it."""
+    """Every attention is off, and every norm that follows no attention."""
 
     def off(op):
         return lambda *args, **options: 1.01 * op(*args, **options)
@@ -114,7 +111,7 @@ def test_providers_agree(spec: ModelStep) -> None:
     expected = dict.fromkeys((p.name for p in chosen), "measured") | {"planted": "wrong"}
     expected["ours_cached"] = "measured" if spec.has_cache else "unavailable"
     for backward in sorted({direction != "fwd" for direction in directions(spec)}):
-        outcomes = measure.measure_group(case, backward, [*chosen, planted], once=True)
+        outcomes = timing.measure_group(case, backward, [*chosen, planted], once=True)
         assert {name: o.status for name, o in outcomes.items()} == expected, outcomes
 
 
@@ -130,7 +127,7 @@ def test_a_gradient_that_is_only_rounding_is_in_units_of_the_others() -> None:
     ("name", "n_blocks"), [("flux_train_toy", 2), ("repvideo_5b_toy", 3), ("nova_train_toy", 8)]
 )
 def test_blocks_are_exchanged_with_the_parameters_of_the_model(name: str, n_blocks: int) -> None:
-    """As compilation does it, which takes minutes itself."""
+    """Blocks are wrapped as for compilation, which itself would take minutes."""
     case = ModelCase.make(KNOWN[name], torch.float32, CPU)
     called = []
 
@@ -150,7 +147,7 @@ def test_blocks_are_exchanged_with_the_parameters_of_the_model(name: str, n_bloc
 
 
 def test_blocks_of_a_kind_are_compiled_once() -> None:
-    """But the first, to which no update is pending. The backend compiles nothing."""
+    """Except for the first, which has no pending update. The backend compiles nothing."""
     limit = dynamo_config.recompile_limit
     spec = dataclasses.replace(KNOWN["cogvideox_2b_toy"], less=(1, 5))
     case = ModelCase.make(spec, torch.float32, CPU)
@@ -177,74 +174,9 @@ def test_a_twin_leaves_the_model_as_it_is() -> None:
 
 
 def test_training_reads_no_more_than_a_step() -> None:
-    """The reference's columns are those of the example, not drawn again."""
+    """The reference uses the columns of the example and does not draw new ones."""
     spec = PyramidTraining("flux", "toy", (1, 1), n_frames=3)
     case = ModelCase.make(spec, torch.float32, CPU)
     wide = spec.widened(case.example, torch.float64)
     loss = wide(case.model.double())
     assert loss.dtype == torch.float64 and loss == wide(case.model)
-
-
-# ---- reports
-
-
-def results(op: str, **numbers: float) -> dict:
-    """Ours takes 2 ms, eager PyTorch 5 ms; one provider is wrong."""
-    labels = {"op": op, "shape": "step", "dtype": "fp32", "direction": "fwd"}
-    common = {"peak_memory_mb": 3.0, "max_error": 1e-6, "commit": "abc", "gpu": "cpu", **numbers}
-    benchmarks = [
-        {
-            "stats": {"median": ms / 1e3, "iqr": 0.0},
-            "extra_info": {**labels, **common, "provider": provider, "median_ms": ms},
-        }
-        for provider, ms in (("ours", 2.0), ("eager", 5.0))
-    ]
-    wrong = {**labels, "provider": "planted", "status": "wrong", "reason": "error 1e-01"}
-    return {
-        "benchmarks": benchmarks,
-        "not_measured": [wrong],
-        "machine_info": {"gpu": "cpu", "torch": "2", "triton": "3"},
-        "datetime": "2000-01-01T00:00:00",
-    }
-
-
-def reported(found: dict, folder: Path) -> str:
-    path = folder / "new.json"
-    path.write_text(json.dumps(found))
-    assert report.main([str(path), "--output", str(folder / "cpu")]) == 0
-    return (folder / "cpu" / "README.md").read_text()
-
-
-def test_report_of_models_has_no_peak(tmp_path: Path) -> None:
-    text = reported(results("model", tokens_per_s=1000.0), tmp_path)
-    files = {p.name for p in (tmp_path / "cpu").iterdir()}
-    assert files == {"models.json", "models_speedup.png", "README.md", "report.html"}
-    assert "| shape | ours, ms/step | tokens/s | MB | error | vs eager | vs planted |" in text
-    assert "| step | 2 | 1000 | 3 | 1e-06 | 2.50x | WRONG |" in text
-    assert "peak" not in text
-
-
-def test_report_of_samplers_says_what_is_projected(tmp_path: Path) -> None:
-    """2 ms for a tenth of a video are 0.02 s for all of it."""
-    found = results("sampler", videos_per_hour=180000.0, measured_share=0.1)
-    text = reported(found, tmp_path)
-    assert (tmp_path / "cpu" / "samplers.json").exists()
-    assert "| shape | ours, s/video | videos/h | MB | error | vs eager | vs planted |" in text
-    assert "| step (projected from 10%) | 0.02 | 180000 | 3 | 1e-06 | 2.50x | WRONG |" in text
-    assert "peak" not in text
-    whole = results("sampler", videos_per_hour=1.8e6, measured_share=1.0)
-    assert "| step | 0.002 | 1800000 |" in reported(whole, tmp_path)
-
-
-def test_ours_in_another_way_is_no_peer(tmp_path: Path) -> None:
-    found = results("sampler", videos_per_hour=180000.0, measured_share=0.1)
-    found["benchmarks"][1]["extra_info"]["provider"] = "ours_cached"
-    text = reported(found, tmp_path)
-    assert "| error | ours cached, s/video | vs planted |" in text
-    assert "| 1e-06 | 0.05 | WRONG |" in text
-
-
-def test_samplers_are_groups_of_their_own() -> None:
-    (group,) = groups.groups(results("sampler", videos_per_hour=1.0, measured_share=0.5))
-    assert group.suite is groups.SAMPLERS and SAMPLERS.names
-    assert group.suite.duration(group.rows["ours"]) == 0.004

@@ -1,4 +1,4 @@
-"""Compiled kernels on a GPU: low precision, CUDA graphs, no synchronisation, bitwise repeatable."""
+"""Compiled attention on a GPU: low precision, CUDA graphs, no synchronisation, repeatable bits."""
 
 import random
 import subprocess
@@ -98,7 +98,7 @@ def test_lengths_on_the_gpu(kind: str) -> None:
 @pytest.mark.parametrize("as_tensors", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_random_layouts(seed: int, as_tensors: bool) -> None:
-    """fp64, where an error cannot hide; the shape of a launch is the same for every dtype."""
+    """In fp64, where rounding hides no error; launches have the same shape for every dtype."""
     rng = random.Random(seed)
     for _ in range(10):
         layout = random_layout(rng, rng.choice([64, 300]), "cuda", as_tensors)
@@ -116,7 +116,7 @@ def test_sets(dtype: torch.dtype) -> None:
 def step(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: Tensor, rank: Tensor
 ) -> list[Tensor]:
-    """All that may run without the host: three ways to say a mask, both directions."""
+    """Three ways to give a mask, forward and backward; the host need not wait for any of it."""
     results = []
     for call in (
         lambda: block_causal_attention(q, k, v, lengths),
@@ -166,7 +166,7 @@ def test_the_host_never_waits(tensors: list[Tensor]) -> None:
 
 
 def test_cuda_graph(tensors: list[Tensor]) -> None:
-    """Captured once with lengths and ranks as tensors, replayed with other ones."""
+    """Captured once with lengths and ranks as tensors, replayed with other values."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -187,7 +187,7 @@ def test_cuda_graph(tensors: list[Tensor]) -> None:
 
 
 def test_cuda_graph_with_kept_masks(tensors: list[Tensor]) -> None:
-    """Lengths as ints and prebuilt masks: known after one call, so a capture copies nothing."""
+    """Lengths as ints and prebuilt masks are kept after one call, so a capture copies nothing."""
     q, k, v, do = tensors[:4]
     mask = IntervalMask.block_causal(FRAMES, window=2, device="cuda")
 
@@ -310,7 +310,7 @@ TRIPS = """
     ],
 )
 def test_bad_values_trip_an_assertion(call: str, trips: bool) -> None:
-    """In a process of its own: an assertion on the device ends the CUDA context."""
+    """In a process of its own, as an assertion on the device ends the CUDA context."""
     script = textwrap.dedent(TRIPS).format(call=call)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ("tripped" in run.stdout) == trips, run.stderr
@@ -318,7 +318,7 @@ def test_bad_values_trip_an_assertion(call: str, trips: bool) -> None:
 
 
 def test_offsets_past_32_bits() -> None:
-    """Rows that lie 2^26 elements apart; the buffer is 4 GiB."""
+    """Rows are 2^26 elements apart, in a buffer of 4 GiB."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")

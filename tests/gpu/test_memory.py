@@ -1,7 +1,7 @@
-"""Compiled memory-bound kernels on a GPU: precision, CUDA graphs, no synchronisation, repeatable.
+"""Compiled memory-bound kernels on a GPU: precision, CUDA graphs, no waiting, repeatable bits.
 
-Over the cases of `bench.memory.registry`; interpreted and portable runs of the same operators have
-tests of their own.
+They run over the cases of `bench.memory.registry`. `tests/kernels/` tests the same operators
+interpreted and in their portable form.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ ALL = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def several_programs(case: MemoryCase) -> MemoryCase:
-    """Rows as long as the model's; more of them than a program owns, and not a multiple."""
+    """Rows as long as the model's; more than a program takes, and no multiple of that."""
     shape = case.shape
     if isinstance(shape, TokenShape):
         return replace(case, shape=replace(shape, batch=2, text=min(shape.text, 37), video=203))
@@ -58,7 +58,7 @@ def in_fp64(inputs: Inputs) -> Inputs:
 def results(
     case: MemoryCase, call: Callable, inputs: Inputs
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs; gradients of one and the same loss in whatever dtype, None where there is none."""
+    """Outputs, and gradients of the same loss for every dtype; None where there is no gradient."""
     outputs = list(call(inputs))
     upstream = case.upstream(upstream_of(outputs))
     grads = torch.autograd.grad(outputs, leaves_of(inputs), upstream, allow_unused=True)
@@ -68,14 +68,14 @@ def results(
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @every_case
 def test_values_and_gradients(case: MemoryCase, dtype: torch.dtype) -> None:
-    """Within twice the error of eager code in the same dtype, and one rounding."""
+    """The error is at most twice that of eager code in the same dtype, plus one rounding."""
     inputs = case.inputs(dtype, "cuda")
     with launches_are_noted() as launches:
         outputs, grads = results(case, with_ops(case, FUSED), inputs)
     assert launches
     exact_outputs, exact_grads = results(case, case.define, in_fp64(inputs))
     eager_outputs, eager_grads = results(case, with_ops(case, EAGER), inputs)
-    if not case.draws_noise:  # of another stream in eager code; the stream has a test below
+    if not case.draws_noise:  # eager code draws other noise; a test below checks ours
         # eager code has no running sum to return
         pairs = zip(outputs, exact_outputs, eager_outputs, strict=False)
         for i, (y, exact, eager) in enumerate(pairs):
@@ -97,7 +97,7 @@ def test_repeats_bitwise(case: MemoryCase) -> None:
 
 @every_case
 def test_cuda_graph_without_waiting(case: MemoryCase) -> None:
-    """Captured once under a ban on synchronisation, replayed with other values."""
+    """Runs with synchronisation forbidden; captured once, replayed with other values."""
     inputs, call = case.inputs(torch.bfloat16, "cuda"), with_ops(case, FUSED)
     upstream = upstream_for(call, inputs)
     stream = torch.cuda.Stream()
@@ -136,7 +136,7 @@ def test_draws_the_noise_that_a_cpu_draws(gamma: float) -> None:
 
 @every_case
 def test_peak_memory(case: MemoryCase) -> None:
-    """Results, and at most one tensor more."""
+    """Peak memory is that of the results, and at most one tensor more."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     if isinstance(case.shape, TokenShape):
         case = replace(case, shape=replace(case.shape, video=8192))

@@ -1,4 +1,4 @@
-"""Named ranges where they are asked for, nothing elsewhere; the profilers' command lines."""
+"""Named ranges only where they are asked for; the command lines of the profilers."""
 
 import gzip
 import importlib.util
@@ -27,7 +27,7 @@ OPS = {"interval_attention_fwd", "interval_attention_bwd"}
 
 
 def load(name: str):
-    """By path: from Python 3.15 on, `profiling` is a package of the standard library."""
+    """Loads by path, as `profiling` is a package of the standard library from Python 3.15 on."""
     path = PROFILING / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"vidgen_profiling_{name}", path)
     module = importlib.util.module_from_spec(spec)
@@ -174,7 +174,7 @@ def test_documents_name_shapes_that_exist() -> None:
 
 
 class Library:
-    """Stands for the nvtx package, or for PyTorch's part of it: notes what is called."""
+    """Stands for the nvtx package, or for `torch.cuda.nvtx`; keeps a list of calls."""
 
     def __init__(self) -> None:
         self.calls = []
@@ -196,7 +196,7 @@ def test_ranges_are_in_a_domain_where_there_is_nvtx(has_package: bool, monkeypat
     monkeypatch.setitem(sys.modules, "nvtx", library if has_package else None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "nvtx", library)
-    with load("ranges").region("one"):  # a module of its own: the library is looked up once
+    with load("ranges").region("one"):  # a new module, as the library is looked up once
         pass
     push, pop = ("push_range", "pop_range") if has_package else ("range_push", "range_pop")
     assert library.calls == ["vidgen"] * has_package + [(push, "one"), (pop,)]
