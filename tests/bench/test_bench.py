@@ -24,6 +24,8 @@ from bench.report.groups import exponent
 from bench.suites import ATTENTION, MEMORY, SUITES
 from tests.paths import ROOT
 from vidgen import cli
+from vidgen.commands import bench as bench_command
+from vidgen.common.installation import EXTRAS, source_environment
 from vidgen.ops import FUSED
 from vidgen.shapes import REAL, TOY, nova_sets, pyramid_blocks
 from vidgen_kernels.attention import interval_attention as engine
@@ -190,7 +192,7 @@ def test_results_keep_the_contract(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "bench/", "-q", f"--benchmark-json={path}"]
     command += ["--shape-set=toy", *chosen]
     # pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist
-    kept = {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
+    kept = {k: v for k, v in source_environment().items() if not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(path.read_text())
@@ -410,13 +412,13 @@ def test_bad_arguments_exit_with_2(argv: list[str], capsys) -> None:
 
 
 def test_bench_outside_the_source_tree_says_where_to_get_it(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(cli, "BENCH", tmp_path / "absent")
+    monkeypatch.setattr(bench_command, "BENCH", tmp_path / "absent")
     assert cli.main(["bench", "attention"]) == 1
     assert "get the source" in capsys.readouterr().err
 
 
 def test_bench_names_the_missing_extra(monkeypatch, capsys) -> None:
-    monkeypatch.setitem(cli.EXTRAS, "bench", ("no_such_module",))
+    monkeypatch.setitem(EXTRAS, "bench", ("no_such_module",))
     assert cli.main(["bench"]) == 1
     assert "pip install 'vidgen-kernels[bench]'" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from bench.measure.failures import LOST, ContextLost
 from bench.report import groups, report
 from bench.suites import ATTENTION
 from tests.paths import ROOT
-from vidgen import cli
+from vidgen.common.installation import source_environment
 from vidgen.shapes import TOY
 from vidgen_kernels.latents import configs
 
@@ -31,7 +31,7 @@ ROW = {"op": "attention", "shape": "toy_frames", "dtype": "bf16", "direction": "
 
 def environment() -> dict[str, str]:
     """pytest-benchmark measures nothing in what it takes for a worker of pytest-xdist."""
-    return {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
+    return {k: v for k, v in source_environment().items() if not k.startswith("PYTEST_")}
 
 
 # ---- processes that die
