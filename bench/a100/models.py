@@ -29,7 +29,7 @@ from bench.models.nova import NovaSet
 from bench.models.pyramid_flow import TOY, PyramidEvaluation
 from bench.models.repvideo import RepVideoEvaluation
 from tests.aot import pipes
-from vidgen.nova.checks.example_steps import CONFIGS
+from vidgen.nova.checks.example import CONFIGS
 from vidgen.nova.model.transformer import NovaTransformer
 from vidgen.ops import FUSED, Ops
 from vidgen.pyramid_flow.model.config import FluxConfig

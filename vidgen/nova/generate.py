@@ -14,7 +14,7 @@ from vidgen.common.checkpoint import read_config
 from vidgen.common.media import fit, read_frames
 from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
-from .checks.example import SMALL, example_features, example_pipeline
+from .checks.random_weights import SMALL, random_features, random_pipeline
 from .model.config import NovaConfig
 from .model.embeddings import DEFAULT_FLOW, N_CLASSES
 from .pipeline import FPS, NovaPipeline, shifted
@@ -143,7 +143,7 @@ def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
         graphs=args.graphs,
     )
     if run.checkpoint is None:
-        pipeline = example_pipeline(size, run.ops, dtype=run.dtype, device=run.device)
+        pipeline = random_pipeline(size, run.ops, dtype=run.dtype, device=run.device)
     else:
         pipeline = NovaPipeline.from_pretrained(
             run.checkpoint,
@@ -186,7 +186,7 @@ def _prompts(
     if run.embeddings is not None:
         return read_features(run.embeddings, config.text_token_dim, config.text_token_len)
     if run.checkpoint is None:
-        return example_features(config)
+        return random_features(config)
     assert run.prompt is not None
     return pipeline.encode_prompts([run.prompt], run.negative_prompt)
 

@@ -10,7 +10,7 @@ from vidgen.common.checkpoint import read_config, read_folder
 from vidgen.common.options import TrainRun
 from vidgen.common.trainer import Recipe
 
-from .checks.example import SMALL, example_model
+from .checks.random_weights import SMALL, fresh_model
 from .generate import N_SETS, count_sets
 from .model.config import SPATIAL_ATTENTION, NovaConfig
 from .model.weights import load_transformer
@@ -46,7 +46,7 @@ def load(args: argparse.Namespace, run: TrainRun) -> NovaObjective:
     chosen = {} if args.spatial_attention is None else {"spatial_attention": args.spatial_attention}
     if run.checkpoint is None:
         raw, schedule = {**asdict(SMALL), **chosen}, FlowMatching()
-        model = example_model(NovaConfig.from_dict(raw), run.ops, seed=run.seed)
+        model = fresh_model(NovaConfig.from_dict(raw), run.ops, seed=run.seed)
         model.requires_grad_(True)
     else:
         folder = run.checkpoint / "scheduler"

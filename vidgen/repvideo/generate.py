@@ -14,6 +14,7 @@ from vidgen.common.checkpoint import read_config
 from vidgen.common.media import to_uint8
 from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
+from .checks.random_weights import SMALL, SMALL_SIZE, fresh_model, fresh_vae, random_prompts
 from .model.config import CogVideoXConfig
 from .model.transformer import CogVideoXTransformer
 from .model.weights import is_sat_folder, load_pretrained
@@ -25,22 +26,6 @@ from .vae.vae import load_pretrained_vae
 
 SUMMARY = "RepVideo or CogVideoX: text to video"
 FPS = 8.0
-
-# What --random-weights makes, and its video.
-RANDOM = CogVideoXConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    time_embed_dim=16,
-    text_embed_dim=16,
-    num_layers=8,
-    sample_width=8,
-    sample_height=6,
-    sample_frames=9,
-    max_text_seq_length=8,
-    gates=True,
-)
-RANDOM_SIZE = VideoSize(48, 64, 9)
-RANDOM_VAE = {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "layers_per_block": 1}
 
 # Beside a SAT folder, as the released checkpoints lie.
 SAT_VAE, SAT_TEXT_ENCODER = "vae/3d-vae.pt", "t5-v1_1-xxl"
@@ -75,14 +60,14 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     add_size_arguments(
         group,
         16,
-        height=f"{size.height}; with random weights {RANDOM_SIZE.height}",
-        width=f"{size.width}; with random weights {RANDOM_SIZE.width}",
+        height=f"{size.height}; with random weights {SMALL_SIZE.height}",
+        width=f"{size.width}; with random weights {SMALL_SIZE.width}",
     )
     add(
         "--frames",
         type=whole(),
         metavar="N",
-        help=f"1 + 4 k (default: {size.n_frames}; with random weights {RANDOM_SIZE.n_frames})",
+        help=f"1 + 4 k (default: {size.n_frames}; with random weights {SMALL_SIZE.n_frames})",
     )
     add(
         "--steps",
@@ -142,7 +127,7 @@ def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
 
 
 def read_size(args: argparse.Namespace) -> VideoSize:
-    default = RANDOM_SIZE if args.checkpoint is None else VideoSize()
+    default = SMALL_SIZE if args.checkpoint is None else VideoSize()
     given = args.height, args.width, args.frames
     known = default.height, default.width, default.n_frames
     return VideoSize(*(b if a is None else a for a, b in zip(given, known, strict=True)))
@@ -174,13 +159,10 @@ def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTr
     """
     size, prompts = read_size(args), None
     if run.checkpoint is None:
-        size.latent_shape(RANDOM)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.generator.initial_seed())
-            transformer = CogVideoXTransformer(RANDOM, run.ops)
+        size.latent_shape(SMALL)
+        transformer = fresh_model(run.ops, run.generator.initial_seed())
         if run.embeddings is None:
-            shape = 1, RANDOM.max_text_seq_length, RANDOM.text_embed_dim
-            prompts = Prompts(torch.randn(shape, generator=run.generator), None)
+            prompts = random_prompts(run.generator)
     else:
         if not run.checkpoint.is_dir():
             raise ValueError(f"checkpoint: expected a folder, {run.checkpoint} is none")
@@ -253,11 +235,7 @@ def _is_pipeline(args: argparse.Namespace) -> bool:
 def find_vae(args: argparse.Namespace, run: GenerateRun, config: CogVideoXConfig) -> Any:
     """The VAE for a transformer; a file of SAT does not tell the scale of its latents."""
     if run.checkpoint is None:
-        from diffusers import AutoencoderKLCogVideoX
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.generator.initial_seed())
-            vae: Any = AutoencoderKLCogVideoX(**RANDOM_VAE)
+        vae = fresh_vae(run.generator.initial_seed())
     else:
         path = args.vae or run.checkpoint / "vae"
         if args.vae is None and is_sat_folder(run.checkpoint):

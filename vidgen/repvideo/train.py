@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from vidgen.common.options import TrainRun
 from vidgen.common.trainer import Recipe
 
-from .generate import RANDOM
-from .model.transformer import CogVideoXTransformer
+from .checks.random_weights import fresh_model
 from .model.weights import load_pretrained
 from .training.objective import RepVideoObjective
 
@@ -36,9 +33,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 def load(args: argparse.Namespace, run: TrainRun) -> RepVideoObjective:
     """Errors: `load_pretrained`, `RepVideoObjective`."""
     if run.checkpoint is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model = CogVideoXTransformer(RANDOM, run.ops)
+        model = fresh_model(run.ops, run.seed)
     else:
         model = load_pretrained(run.checkpoint, run.ops, **({"gates": True} if args.gates else {}))
     model.gradient_checkpointing = run.gradient_checkpointing

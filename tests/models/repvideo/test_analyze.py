@@ -12,12 +12,12 @@ from vidgen import cli
 from vidgen.ops import EAGER, FUSED, Ops
 from vidgen.repvideo.analysis.analyze import shares
 from vidgen.repvideo.analysis.observe import adjacent_similarity, attention_mass, observed
-from vidgen.repvideo.generate import RANDOM
+from vidgen.repvideo.checks.random_weights import SMALL
 from vidgen.repvideo.model.layers import Sequence, Stream
 from vidgen.repvideo.model.transformer import CogVideoXTransformer
 
 BOTH = pytest.mark.parametrize("ops", [EAGER, FUSED], ids=["eager", "fused"])
-N_LAYERS = RANDOM.num_layers
+N_LAYERS = SMALL.num_layers
 
 
 @BOTH
@@ -60,7 +60,7 @@ def call(model: CogVideoXTransformer) -> Tensor:
 @BOTH
 def test_a_model_is_watched_without_being_changed(ops: Ops) -> None:
     """And the last sample is observed, as a map of all its tokens shows it."""
-    model = CogVideoXTransformer(RANDOM, ops)
+    model = CogVideoXTransformer(SMALL, ops)
     alone = call(model)
     with observed(model) as found:
         assert torch.equal(call(model), alone)
