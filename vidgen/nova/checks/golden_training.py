@@ -17,7 +17,7 @@ from ..model.transformer import NovaTransformer
 from ..model.video_encoder import block_causal_mask
 from ..model.weights import load_transformer
 from ..sampling.schedules import DDPM, FlowMatching, Schedule
-from ..training.loss import TrainingDraws, diffusion_losses, frame_conditions, is_visible, noising
+from ..training.loss import TrainingDraws, add_noise, diffusion_losses, frame_conditions, is_visible
 from .golden_models import Tensors, config_of, prompts
 
 
@@ -53,7 +53,7 @@ def train_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) ->
 
     repeats = len(draws.noise) // len(frames)
     clean = patchify(frames, sizes.patch).repeat(repeats, 1, 1)
-    noised, timestep, _ = noising(clean, draws, schedule)
+    noised = add_noise(clean, draws, schedule)
     asked = (~is_visible(draws)).repeat(repeats, 1)
     if official:
         predictions: Tensor | Where = losses.predictions
@@ -69,8 +69,8 @@ def train_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) ->
         "masked_tokens": masked,
         "mask": (~is_visible(draws))[..., None].to(x.dtype),
         "spatial_out": z,
-        "x_t": unpatchify(noised, sizes.patch, sizes.image_grid),
-        "timestep": timestep,
+        "x_t": unpatchify(noised.tokens, sizes.patch, sizes.image_grid),
+        "timestep": noised.timestep,
         "model_pred": predictions,
         "grad_norms": torch.stack([x.new_zeros(()) if g is None else g.norm() for g in norms]),
     }

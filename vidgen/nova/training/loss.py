@@ -51,11 +51,19 @@ class TrainingDraws(NamedTuple):
     index: Tensor  # int64 [R * B * T, N], the place of the token's noise level in the schedule
 
 
+class Noised(NamedTuple):
+    """Tokens with noise, and what the MLP should predict for them."""
+
+    tokens: Tensor  # [rows, n, p * p * C]
+    timestep: Tensor  # [rows, n]
+    target: Tensor  # [rows, n, p * p * C]
+
+
 class Losses(NamedTuple):
-    """Terms to be added; a model of images has one."""
+    """``terms`` are added to the loss: one for images, two for clips."""
 
     terms: dict[str, Tensor]
-    predictions: Tensor  # of the tokens asked for, [R * B * T, n, p * p * C], by `targets_of`
+    predictions: Tensor  # for the masked tokens in ascending order, [R * B * T, n, p * p * C]
 
     @property
     def total(self) -> Tensor:
@@ -182,25 +190,23 @@ def diffusion_losses(
     tokens = patchify(frames, model.config.patch)
     repeats = len(draws.noise) // len(tokens)
     if official_order:
-        noised, timestep, target = noising(tokens.repeat(repeats, 1, 1), draws, schedule)
-        latents = unpatchify(noised, model.config.patch, model.config.image_grid)
+        noised = add_noise(tokens.repeat(repeats, 1, 1), draws, schedule)
+        latents = unpatchify(noised.tokens, model.config.patch, model.config.image_grid)
         z = z.repeat(repeats, 1, 1)
-        predictions = model.image_decoder.forward_latents(latents, timestep, z)
+        predictions = model.image_decoder.forward_latents(latents, noised.timestep, z)
         weight = (~is_visible(draws)).repeat(repeats, 1)
     else:
         asked = draws.order[:, draws.n_visible :].sort(dim=1).values
         rows = asked.repeat(repeats, 1)
         some = draws._replace(noise=take(draws.noise, rows), index=draws.index.gather(1, rows))
-        noised, timestep, target = noising(
-            take(tokens, asked).repeat(repeats, 1, 1), some, schedule
-        )
+        noised = add_noise(take(tokens, asked).repeat(repeats, 1, 1), some, schedule)
         c = model.image_decoder.embed_condition(take(z, asked)).repeat(repeats, 1, 1)
         c = c + _embed_times(model, some.index, schedule)
-        predictions = model.image_decoder(noised, c)
+        predictions = model.image_decoder(noised.tokens, c)
         weight = torch.ones_like(rows, dtype=torch.bool)
 
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    error = (predictions.to(dtype) - target.to(dtype)).square().mean(dim=-1)
+    error = (predictions.to(dtype) - noised.target.to(dtype)).square().mean(dim=-1)
     error = error * weight / (weight.sum() + 1e-5)
     terms = {"loss": error.sum()}
     if n_frames > 1:
@@ -212,33 +218,40 @@ def diffusion_losses(
     return Losses(terms, predictions)
 
 
-def noising(
-    tokens: Tensor, draws: TrainingDraws, schedule: Schedule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised tokens, their timesteps ``[rows, n]``, and what the MLP should say of each."""
+def add_noise(tokens: Tensor, draws: TrainingDraws, schedule: Schedule) -> Noised:
+    """Mixes the clean ``tokens`` [rows, n, p * p * C] with the noise of ``draws``."""
     noise = draws.noise
-    timesteps, signal, amount = (x[draws.index] for x in _levels(schedule, tokens))
+    timestep, signal, amount = (x[draws.index] for x in _levels(schedule, tokens))
     noised = amount[..., None] * noise + signal[..., None] * tokens
     target = noise if isinstance(schedule, DDPM) else noise - tokens
-    return noised, timesteps, target
+    return Noised(noised, timestep, target)
 
 
-def _levels(schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Timestep, and amounts of signal and noise, of every place in the schedule."""
+class _Levels(NamedTuple):
+    """Of every index of a schedule, each ``[num_train_timesteps]``."""
+
+    timestep: Tensor
+    signal: Tensor
+    noise: Tensor
+
+
+def _levels(schedule: Schedule, like: Tensor) -> _Levels:
+    """``signal`` and ``noise`` in the dtype and on the device of ``like``."""
     n = schedule.num_train_timesteps
     if isinstance(schedule, DDPM):
         if schedule.prediction_type != "epsilon":
             expected = f"prediction_type: expected 'epsilon', got {schedule.prediction_type!r}"
             raise ValueError(f"{expected}, which sampling alone is built for")
         alpha = schedule.alphas_cumprod.to(like)
-        return torch.arange(n, device=like.device).float(), alpha.sqrt(), (1 - alpha).sqrt()
+        timestep = torch.arange(n, device=like.device).float()
+        return _Levels(timestep, alpha.sqrt(), (1 - alpha).sqrt())
     sigma = schedule.training_sigmas().to(like.device)
-    return sigma * n, (1 - sigma).to(like), sigma.to(like)
+    return _Levels(sigma * n, (1 - sigma).to(like), sigma.to(like))
 
 
 def _embed_times(model: NovaTransformer, index: Tensor, schedule: Schedule) -> Tensor:
-    """``[rows, n, M]``: of every place in the schedule once where that is less."""
-    timesteps = _levels(schedule, model.image_decoder.head.weight)[0]
+    """``[rows, n, M]``. Where tokens outnumber timesteps, each timestep is embedded once."""
+    timesteps = _levels(schedule, model.image_decoder.head.weight).timestep
     if index.numel() <= len(timesteps):
         return model.image_decoder.embed_time(timesteps[index])
     return F.embedding(index, model.image_decoder.embed_time(timesteps))
