@@ -1,4 +1,7 @@
-"""`vidgen train nova`: on latents and the features of a language model, see `objective`."""
+"""`vidgen train nova`: training on latents and text features; `training/objective.py` has the loss.
+
+`vidgen/commands/train.py` calls `add_arguments` and `load`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def load(args: argparse.Namespace, run: TrainRun) -> NovaObjective:
-    """What the released models were not trained in stays as it is. Errors: `load_transformer`."""
+    """The model with its loss; weights that the released training kept fixed are frozen.
+
+    Errors: `load_transformer`.
+    """
     chosen = {} if args.spatial_attention is None else {"spatial_attention": args.spatial_attention}
     if run.checkpoint is None:
         raw, schedule = {**asdict(SMALL), **chosen}, FlowMatching()

@@ -56,7 +56,8 @@ class TimeConditionEmbed(nn.Module):
 def timestep_features(timestep: Tensor) -> Tensor:
     """Cosines, then sines, fp32 ``[..., 256]``.
 
-    The frequencies are those of `embeddings.frequencies`, rounded as the released code rounds them.
+    The frequencies are those of `embeddings.frequencies`, computed as in the released code, whose
+    rounding differs.
     """
     i = torch.arange(N_FREQUENCIES, dtype=torch.float32, device=timestep.device)
     angle = timestep.float()[..., None] * torch.exp(-math.log(10000) * i / N_FREQUENCIES)

@@ -52,14 +52,14 @@ def observed(transformer: CogVideoXTransformer) -> Iterator[Observations]:
         found.attention.append([])
 
     def attend(module: Attention, args: tuple) -> None:
-        a, sequence, ops = args
-        q, k, v = module.heads(a[-1:], sequence, ops)
-        n_video = q.shape[2] - sequence.text_length
-        lengths = [sequence.text_length, *[n_video // found.n_frames] * found.n_frames]
+        a, shared, ops = args
+        q, k, v = module.heads(a[-1:], shared, ops)
+        n_video = q.shape[2] - shared.text_length
+        lengths = [shared.text_length, *[n_video // found.n_frames] * found.n_frames]
         found.attention[-1].append(attention_mass(q, k, v, lengths, ops)[0].cpu())
 
     def compare(module: Any, args: tuple, output: Stream) -> None:
-        n_text = args[2].text_length
+        n_text = args[1].text_length
         video = output.total(n_text)[-1:, n_text:]
         found.similarity[-1].append(adjacent_similarity(video, found.n_frames)[0].cpu())
 

@@ -15,7 +15,7 @@ from vidgen.ops import Ops
 
 from ..model.config import LAYER_NORM_EPS, OUT_NORM_EPS, QK_NORM_EPS, ROPE_THETA, CogVideoXConfig
 from ..model.keys import GATES, SAT_UNUSED, to_diffusers, to_sat
-from ..model.layers import Block, Sequence, Stream
+from ..model.layers import Block, Pass, Stream
 from ..model.positions import rope_positions
 from ..model.weights import load_transformer
 from ..sampling.schedules import denoiser_table, shifted_alphas
@@ -61,17 +61,16 @@ def block(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tens
     names = [key.split(".", 2)[2] for key in state]  # without the number of the layer
     layer.load_state_dict(dict(zip(names, state.values(), strict=True)))
     positions = rope_positions(options, grid, h.device) if config["rope"] else None
-    sequence = Sequence(config["text_len"], positions)
+    shared = Pass(F.silu(emb), config["text_len"], positions)
 
     attention, found = layer.attn1, Recorded()
     found.inputs(attn_in=attention, attn_ctx=attention.to_out[0], mlp_in=layer.ff)
     found.outputs(q=attention.to_q, k=attention.to_k, v=attention.to_v)
     found.outputs(attn_out=attention, mlp_out=layer.ff)
-    stream = layer(Stream(h), F.silu(emb), sequence, ops.residual_norm, ops)
-    y = stream.total(sequence.text_length)
+    y = layer(Stream(h), shared, ops.residual_norm, ops).total(shared.text_length)
     results = found.results
     results |= {"y": y, "qkv": torch.cat([results[name] for name in "qkv"], dim=-1)}
-    results |= zip("qkv", attention.heads(results["attn_in"], sequence, ops), strict=True)
+    results |= zip("qkv", attention.heads(results["attn_in"], shared, ops), strict=True)
     weights = dict(zip(state, (layer.get_parameter(name) for name in names), strict=True))
     return results | _gradients(y, inputs["dy"], {"h": h, "emb": emb}, weights)
 
