@@ -1,4 +1,8 @@
-"""`vidgen generate repvideo`: text to video by RepVideo or CogVideoX."""
+"""`vidgen generate repvideo`: text to video by RepVideo or CogVideoX.
+
+`vidgen/commands/generate.py` calls `add_arguments`, `count_frames` and `generate`. `vidgen analyze`
+uses the parts that make latents.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +31,9 @@ from .vae.vae import load_pretrained_vae
 SUMMARY = "RepVideo or CogVideoX: text to video"
 FPS = 8.0
 
-# Beside a SAT folder, as the released checkpoints lie.
+# Paths beside a SAT folder, as in the released checkpoints.
 SAT_VAE, SAT_TEXT_ENCODER = "vae/3d-vae.pt", "t5-v1_1-xxl"
-LARGE_SCALING = 0.7  # of the latents of the models with rotary positions
+LARGE_SCALING = 0.7  # scaling factor of the VAE of the models with rotary positions
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -54,7 +58,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
-    """What it takes to make latents."""
+    """The options for generating latents."""
     add = group.add_argument
     size = VideoSize()
     add_size_arguments(
@@ -115,7 +119,7 @@ def count_frames(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
-    """A video of one prompt; models are loaded in turn, each when it is needed."""
+    """The video of one prompt; models are loaded one after another, each when it is needed."""
     transformer, prompts = load_models(args, run)
     sampling = read_sampling(args, transformer.config)
     vae = find_vae(args, run, transformer.config)
@@ -134,7 +138,7 @@ def read_size(args: argparse.Namespace) -> VideoSize:
 
 
 def read_sampling(args: argparse.Namespace, config: CogVideoXConfig) -> Sampling:
-    """Steps and guidance. Raises ValueError for numbers out of range."""
+    """The steps and guidance of the request. Raises ValueError for numbers out of range."""
     guidance = _read_guidance(args)
     if not _is_diffusers(args):
         shift = 1.0 if config.use_rotary_positional_embeddings else 3.0
@@ -153,9 +157,9 @@ def _read_guidance(args: argparse.Namespace) -> Guidance:
 
 
 def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTransformer, Prompts]:
-    """The transformer, and the features of the prompts for it.
+    """The transformer, and the features of the prompts.
 
-    Sizes are checked before anything large is read, and T5 is gone before the transformer comes.
+    Sizes are checked before anything large is read, and T5 is freed before the transformer loads.
     """
     size, prompts = read_size(args), None
     if run.checkpoint is None:
@@ -179,7 +183,7 @@ def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTr
 
 
 def _config_in(folder: Path) -> CogVideoXConfig:
-    """Of a pipeline or a transformer; a SAT folder has none: that of RepVideo."""
+    """The config of a pipeline or transformer; RepVideo's for a SAT folder, which has none."""
     if is_sat_folder(folder):
         return CogVideoXConfig()
     path = folder / "transformer"
@@ -203,7 +207,7 @@ def _encode(args: argparse.Namespace, run: GenerateRun) -> Prompts:
 
 
 def _uncond(args: argparse.Namespace, text: Tensor, uncond: Tensor | None) -> Tensor | None:
-    """What guidance leads away from, given the features of a file or of the negative prompt."""
+    """The unconditional features for guidance; ``uncond`` are those of the request, if any."""
     if _read_guidance(args).is_none:
         return None
     if args.unconditional == "zeros" or (uncond is None and _is_zeros(args)):
@@ -233,7 +237,7 @@ def _is_pipeline(args: argparse.Namespace) -> bool:
 
 
 def find_vae(args: argparse.Namespace, run: GenerateRun, config: CogVideoXConfig) -> Any:
-    """The VAE for a transformer; a file of SAT does not tell the scale of its latents."""
+    """The VAE for a transformer, whose config tells the scaling factor that SAT's file lacks."""
     if run.checkpoint is None:
         vae = fresh_vae(run.generator.initial_seed())
     else:
@@ -242,5 +246,5 @@ def find_vae(args: argparse.Namespace, run: GenerateRun, config: CogVideoXConfig
             path = run.checkpoint.resolve().parent / SAT_VAE
         is_large = config.use_rotary_positional_embeddings and not path.is_dir()
         vae = load_pretrained_vae(path, **({"scaling_factor": LARGE_SCALING} if is_large else {}))
-    # not vae.to, which warns of modules to be kept in fp32 although it names none
+    # vae.to would warn about modules to keep in fp32, of which there are none
     return nn.Module.to(vae.eval().requires_grad_(False), run.device, run.dtype)
