@@ -1,6 +1,6 @@
-"""What is installed, and what has to be: the source tree, and the packages of each extra.
+"""Which parts of the project are installed: the source tree, and the packages of each extra.
 
-For commands, before they import or start anything. Nothing here imports torch or an extra.
+Commands check here before they start. Nothing in this file imports torch or an extra.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CommandError(Exception):
 
 
 def absent(modules: Sequence[str]) -> list[str]:
-    """Those of the modules that are not installed."""
+    """The modules that are not installed."""
 
     def is_found(name: str) -> bool:
         try:

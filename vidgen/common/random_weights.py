@@ -10,9 +10,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fresh(build: Callable[[], Model], seed: int) -> Model:
-    """What ``build`` gives with this seed: the weights that training begins with.
+    """A model with the initial weights that ``build`` draws with this seed.
 
-    The global random numbers go on as if nothing had been drawn.
+    PyTorch's global random state is restored afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -26,7 +26,7 @@ def with_drawn_weights(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Model:
-    """What ``build`` gives, with `draw_weights`: for benchmarks, where no layer may be trivial."""
+    """The model of ``build`` with `draw_weights`: for benchmarks, where no layer should give 0."""
     with torch.device(device):
         model = build().to(dtype)
     draw_weights(model, seed)

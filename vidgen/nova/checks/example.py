@@ -103,9 +103,9 @@ class SpatialExample(NamedTuple):
     def prepared(
         self, model: NovaTransformer, order: str = "sorted"
     ) -> Callable[[NovaTransformer], Tensor]:
-        """A call that gives the features ``[G, n, D]`` of the set.
+        """A function that returns the features ``[G, n, D]`` of the set.
 
-        What a sampler does once for a whole frame is done here, not in the call.
+        What a sampler does once for a whole frame is done here, not in that function.
         """
         some, n_branches = SetOfFrame.middle(model.config.n_tokens), len(self.condition)
         draws = _draws(model, self.seed)
@@ -137,9 +137,9 @@ class DenoisingExample(NamedTuple):
     def prepared(
         self, model: NovaTransformer, order: str = "sorted"
     ) -> Callable[[NovaTransformer], Tensor]:
-        """A call that gives the tokens ``[1, n, P]`` of the set.
+        """A function that returns the tokens ``[1, n, P]`` of the set.
 
-        What a sampler does once for a whole frame is done here, not in the call.
+        What a sampler does once for a whole frame is done here, not in that function.
         """
         config, steps = model.config, SCHEDULE.steps(N_STEPS)
         some = SetOfFrame.middle(config.n_tokens)

@@ -73,7 +73,7 @@ class Vectors(NamedTuple):
 
 
 class AdaptiveNorm(nn.Module):
-    """A norm without weights: only the projection of SiLU(c) to its `Vectors`."""
+    """The projection of SiLU(c) to the `Vectors` of a norm; the norm has no other weights."""
 
     def __init__(self, width: int, n_vectors: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class DenoisingMLP(nn.Module):
 
     @property
     def adaptive_norms(self) -> list[AdaptiveNorm]:
-        """Those of the blocks, then the last one."""
+        """The norms of the blocks, then the last one."""
         return [*(block.norm1 for block in self._blocks()), self.norm]
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class DenoisingMLP(nn.Module):
             c: `embed_condition` + `embed_time`, ``[B, n or 1, M]``.
         """
         *of_blocks, of_head = self.adaptive_norms
-        norms = [of_head, *of_blocks]
+        norms = [of_head, *of_blocks]  # kept in this order: another one may round differently
         weight = torch.cat([norm.proj.weight for norm in norms])
         bias = torch.cat([norm.proj.bias for norm in norms])
         widths = [norm.proj.out_features for norm in norms]

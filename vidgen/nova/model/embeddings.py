@@ -122,7 +122,7 @@ class SinusoidMLP(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """Of the first layer; it tells the device and dtype."""
+        """The weight of the first layer, which tells device and dtype."""
         return next(self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ def add_noise(tokens: Tensor, draws: TrainingDraws, schedule: Schedule) -> Noise
 
 
 class _Levels(NamedTuple):
-    """Of every index of a schedule, each ``[num_train_timesteps]``."""
+    """Timestep and amounts of signal and noise, each ``[num_train_timesteps]``."""
 
     timestep: Tensor
     signal: Tensor

@@ -55,7 +55,7 @@ class VAE(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return next(self.parameters()).dtype
 
     def latents_to_frames(self, n_latents: int) -> int:
