@@ -1,7 +1,8 @@
-"""The one seam between models and kernels: a model takes `ops` and calls what it holds.
+"""The operators that models call: a model takes `ops`, either `EAGER` or `FUSED`.
 
-`EAGER` is plain PyTorch as the official models write it, an honest baseline; `FUSED` the kernels.
-Neither holds parameters, so state dicts do not depend on the choice.
+`EAGER` is plain PyTorch as the official models write it, the baseline of benchmarks; `FUSED` are
+the kernels. Neither has parameters, so state dicts do not depend on the choice. Models import
+`vidgen_kernels` only through this file.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ __all__ = [
 
 
 class Ops(NamedTuple):
-    """Functions of the shapes, meaning and returns of those in `vidgen_kernels`."""
+    """Operators with the arguments and results of the functions in `vidgen_kernels`."""
 
     attention: Callable[..., Any]  # (q, k, v): every query sees every key
     interval_attention: Callable[..., Any]

@@ -1,9 +1,9 @@
-"""The shapes that the video models really produce, as data.
+"""The shapes that occur in the video models, as data for benchmarks and tests.
 
-An attention shape lists the tokens of each *block*, a run of consecutive tokens with the same
-visibility, and the rule that says which block sees which. Token counts follow from the models' own
-formulas below. Memory-bound operators work on rows of tokens or on latents, whose shapes stand at
-the end; which operator runs at which of them is told by `bench.memory.registry`.
+An attention shape has the number of tokens in each *block* (consecutive tokens that attend to the
+same keys), and the rule which block attends to which. The numbers follow from the models' formulas
+below. Shapes of memory-bound operators, which work on rows of tokens or on latents, are at the end;
+`bench.memory.registry` says which operator is measured at which of them.
 
 Legend: B batch (2 with classifier-free guidance), H heads, D head dim, T tokens.
 """
@@ -23,7 +23,7 @@ WORK = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
 
 
 class Segment(NamedTuple):
-    """Consecutive queries that all see the same keys, the union of disjoint ranges."""
+    """Consecutive queries that attend to the same keys, a union of disjoint ranges."""
 
     queries: range
     keys: tuple[range, ...]
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention call. The blocks of ``sets`` are those of sorted tokens; the call's are not."""
+    """One attention call. For ``sets``, the blocks are those after sorting the tokens."""
 
     name: str
     model: str
@@ -53,7 +53,7 @@ class AttentionShape:
 
     @property
     def segments(self) -> list[Segment]:
-        """The queries in order, with what they see."""
+        """The queries in order, with the keys that they attend to."""
         ends = list(accumulate(self.blocks))
         runs = [range(end - n, end) for n, end in zip(self.blocks, ends, strict=True)]
         if self.mask == "full":
@@ -83,19 +83,19 @@ class AttentionShape:
 
     @property
     def is_full(self) -> bool:
-        """Every query sees every key, so that no mask is needed at all."""
+        """Whether every query attends to every key, so that no mask is needed."""
         return self.visible_pairs == self.n_queries * self.n_keys
 
     def flops(self, direction: Direction) -> float:
-        """Useful work: two products of 2 D operations per visible pair; backward 2.5 times that."""
+        """Operations: two products of 2 D each per visible pair, in the backward 2.5 times that."""
         return WORK[direction] * 4 * self.visible_pairs * self.batch * self.heads * self.head_dim
 
 
 def pyramid_blocks(base: int, unit: int, stage: int, text: int = 128) -> tuple[int, ...]:
-    """Pyramid Flow at unit u, stage s: the oldest frame first, the current one last.
+    """Blocks of Pyramid Flow at unit u, stage s, from the oldest frame to the current one.
 
     The frame j units back has ``base * 4^max(s-j+1, 0)`` tokens, the current one ``base * 4^s``.
-    The text is seen by all and sees the oldest frame, so the two are one block.
+    All tokens attend to the text, and the text attends to the oldest frame: they are one block.
     """
     history = [base * 4 ** max(stage - back + 1, 0) for back in range(unit, 0, -1)]
     oldest, *rest = [*history, base * 4**stage]
@@ -103,9 +103,9 @@ def pyramid_blocks(base: int, unit: int, stage: int, text: int = 128) -> tuple[i
 
 
 def nova_sets(n_tokens: int, n_steps: int = 64) -> tuple[int, ...]:
-    """NOVA's cosine schedule: ``round(N cos(pi/2 i/S))`` tokens are left before step i.
+    """Sizes of NOVA's sets: before step i, ``round(N cos(pi/2 i/S))`` tokens are left.
 
-    Empty sets are skipped.
+    Empty sets are omitted.
     """
     masked = [round(n_tokens * math.cos(math.pi / 2 * i / n_steps)) for i in range(n_steps + 1)]
     sizes = (now - after for now, after in pairwise(masked))
@@ -127,7 +127,7 @@ def _pyramid() -> list[AttentionShape]:
 
 
 def _cogvideox() -> list[AttentionShape]:
-    """226 text tokens, latent frames x height x width in patches; every token sees every token."""
+    """226 text tokens and the patches of the video, frames x rows x columns; full attention."""
     return [
         AttentionShape("repvideo_2b_49f", "RepVideo", 2, 30, 64, "full", (226 + 13 * 30 * 45,)),
         AttentionShape(
@@ -140,7 +140,7 @@ def _cogvideox() -> list[AttentionShape]:
 
 
 def _nova() -> list[AttentionShape]:
-    """Temporal: 258 condition tokens and the first slot are one block, then 360 per frame."""
+    """Temporal: one block of 258 condition tokens and the first slot, then 360 per frame."""
     slots = (258 + 360, *[360] * 8)
     temporal = [
         AttentionShape("nova_temporal_train", "NOVA 480x768", 3, 16, 64, "block_causal", slots)
@@ -182,10 +182,10 @@ def _head_dims() -> list[AttentionShape]:
     ]
 
 
-# The most telling first: a run that is cut short has measured those.
+# The most important first, so that a run that is cut short has measured them.
 REAL: tuple[AttentionShape, ...] = (*_wan(), *_nova(), *_head_dims(), *_cogvideox(), *_pyramid())
 
-# Real token layouts at batch 1 and 8 heads, or short sequences: minutes on two CPU cores.
+# Layouts of the models at batch 1 with 8 heads, or short sequences: minutes on two CPU cores.
 REDUCED: tuple[AttentionShape, ...] = (
     AttentionShape("cpu_frames_8x512", "sweep", 1, 8, 64, "block_causal", (512,) * 8),
     AttentionShape(

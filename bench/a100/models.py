@@ -31,7 +31,7 @@ from bench.models.pyramid_flow import TOY, PyramidEvaluation
 from bench.models.repvideo import RepVideoEvaluation
 from bench.report.columns import three_digits
 from tests.aot import pipes
-from vidgen.nova.checks.example_steps import CONFIGS
+from vidgen.nova.checks.example import CONFIGS
 from vidgen.nova.model.transformer import NovaTransformer
 from vidgen.ops import FUSED, Ops
 from vidgen.pyramid_flow.model.config import FluxConfig

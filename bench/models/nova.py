@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from bench.models.case import SAMPLING, ModelStep, Run, Sampler, TokenStep, Way
-from vidgen.nova.checks import example_steps as examples
-from vidgen.nova.checks.example_steps import CONFIGS, GUIDANCE, SetOfFrame, random_model
+from vidgen.nova.checks import example as examples
+from vidgen.nova.checks.example import CONFIGS, GUIDANCE, SetOfFrame, example_model
 from vidgen.nova.model.transformer import NovaTransformer
 from vidgen.nova.sampling.sampler import SamplingConfig
 from vidgen.ops import EAGER
@@ -38,7 +38,7 @@ class NovaStep(ModelStep):
         return f"cpu_nova_{what}" if self.size == REDUCED else f"nova_{what}_{self.size}"
 
     def model(self, device: torch.device, dtype: torch.dtype) -> NovaTransformer:
-        return random_model(CONFIGS[self.size], EAGER, device=device, dtype=dtype)
+        return example_model(CONFIGS[self.size], EAGER, device=device, dtype=dtype)
 
     def prepare(self, example: Any, model: nn.Module, way: Way) -> Run:
         order = "official" if way == "released" else "sorted"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vidgen.nova.checks.example import example_model
+from vidgen.nova.checks.random_weights import fresh_model
 from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
 from vidgen.nova.model.embeddings import patchify
 from vidgen.nova.model.vit import take
@@ -64,7 +64,7 @@ class Work:
 
     def frames(self, order: str) -> Frames:
         kind = ReleasedFrames if order == "released" else SortedFrames
-        model = example_model(self.config, ORDERS[order], device=self.device)
+        model = fresh_model(self.config, ORDERS[order], device=self.device)
         size = 1, self.config.image_dim, *self.config.latent_size
         generator = torch.Generator().manual_seed(0)
         draws = RandomDraws(size, generator, torch.float32, self.device)

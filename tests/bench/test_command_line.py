@@ -12,6 +12,8 @@ from bench.measure import timing
 from bench.report import groups
 from tests.paths import ROOT
 from vidgen import cli
+from vidgen.commands import bench
+from vidgen.common.installation import EXTRAS, source_environment
 
 pytestmark = pytest.mark.portable_only
 
@@ -34,7 +36,7 @@ def test_results_keep_the_contract(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "bench/", "-q", f"--benchmark-json={path}"]
     command += ["--shape-set=toy", *chosen]
     # pytest-benchmark measures nothing in a worker of pytest-xdist
-    kept = {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
+    kept = {k: v for k, v in source_environment().items() if not k.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(path.read_text())
@@ -71,13 +73,13 @@ def test_bad_arguments_exit_with_2(argv: list[str], capsys) -> None:
 
 
 def test_bench_outside_the_source_tree_says_where_to_get_it(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(cli, "BENCH", tmp_path / "absent")
+    monkeypatch.setattr(bench, "BENCH", tmp_path / "absent")
     assert cli.main(["bench", "attention"]) == 1
     assert "get the source" in capsys.readouterr().err
 
 
 def test_bench_names_the_missing_extra(monkeypatch, capsys) -> None:
-    monkeypatch.setitem(cli.EXTRAS, "bench", ("no_such_module",))
+    monkeypatch.setitem(EXTRAS, "bench", ("no_such_module",))
     assert cli.main(["bench"]) == 1
     assert "pip install 'vidgen-kernels[bench]'" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from bench.report import groups
 from bench.report.files import write
 from bench.suites import ATTENTION
 from tests.paths import ROOT
-from vidgen import cli
+from vidgen.common.installation import source_environment
 from vidgen.shapes import TOY
 from vidgen_kernels.latents import configs
 
@@ -30,7 +30,7 @@ ROW = {"op": "attention", "shape": "toy_frames", "dtype": "bf16", "direction": "
 
 def environment() -> dict[str, str]:
     """Hides pytest-xdist: pytest-benchmark measures nothing in a worker of it."""
-    return {k: v for k, v in cli._source_environment().items() if not k.startswith("PYTEST_")}
+    return {k: v for k, v in source_environment().items() if not k.startswith("PYTEST_")}
 
 
 # ---- processes that die

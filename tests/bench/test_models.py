@@ -13,7 +13,7 @@ from bench.models.providers import COMPILED_VARIANTS, compiled
 from bench.models.pyramid_flow import PyramidTraining, PyramidVideo
 from bench.models.registry import STEPS, VIDEOS
 from bench.suites import MODELS, directions
-from vidgen.nova.checks.example_steps import CONFIGS, SetOfFrame
+from vidgen.nova.checks.example import CONFIGS, SetOfFrame
 from vidgen.ops import EAGER, FUSED
 from vidgen.pyramid_flow.checks.example import TrainingExample
 from vidgen.repvideo.checks.example import SIZES

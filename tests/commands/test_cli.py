@@ -13,6 +13,7 @@ import torch
 
 from tests.paths import ROOT
 from vidgen import cli
+from vidgen.commands import info
 from vidgen.common.arguments import output_folder
 from vidgen.common.checkpoint import (
     read_config,
@@ -20,6 +21,7 @@ from vidgen.common.checkpoint import (
     read_state_dict,
     write_state_dict,
 )
+from vidgen.common.installation import EXTRAS, absent
 from vidgen.common.media import check_output, read_frames
 from vidgen.common.progress import Bars
 from vidgen.common.text_encoders import read_tokenizer
@@ -32,7 +34,7 @@ MODELS = ("nova", "pyramid-flow", "repvideo")
 def parsers(command: str) -> Iterator[argparse.ArgumentParser]:
     """Of a command and of those below it."""
     parser = argparse.ArgumentParser(prog=f"vidgen {command}")
-    cli.COMMANDS[command][1](parser)
+    cli.COMMANDS[command].add_arguments(parser)
     found = [parser]
     while found:
         yield (parser := found.pop())
@@ -41,7 +43,7 @@ def parsers(command: str) -> Iterator[argparse.ArgumentParser]:
                 found += action.choices.values()
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if cli.COMMANDS[name][1]])
+@pytest.mark.parametrize("command", [x for x in cli.COMMANDS if x not in ("info", "profile")])
 def test_every_option_says_what_it_is(command: str) -> None:
     for parser in parsers(command):
         assert len(parser.format_help()) > 100  # also that no % is left unescaped
@@ -57,18 +59,19 @@ def test_dtypes_have_short_names() -> None:
 
 def test_help_of_commands_needs_no_extra() -> None:
     """Models, tests and the benchmarks aside: nothing but torch and triton is there."""
-    absent = {name.partition(".")[0] for names in cli.EXTRAS.values() for name in names}
+    absent = {name.partition(".")[0] for names in EXTRAS.values() for name in names}
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)!r}))\n"
         "from vidgen import cli\n"
         "for command in cli.COMMANDS:\n"
-        "    if cli.COMMANDS[command][1]:\n"
+        "    if command not in cli.PASSES_ARGUMENTS_ON:\n"
         "        try: cli.main([command, '--help'])\n"
         "        except SystemExit as done: assert done.code == 0\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: vidgen") == sum(bool(x[1]) for x in cli.COMMANDS.values())
+    n_commands = len(cli.COMMANDS) - len(cli.PASSES_ARGUMENTS_ON)
+    assert done.stdout.count("usage: vidgen") == n_commands
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -158,13 +161,13 @@ def test_too_little_memory_is_said_in_a_line(monkeypatch, capsys) -> None:
         torch.empty(2**60)
         return 0
 
-    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, run))
+    monkeypatch.setattr(info, "run", run)
     assert "vidgen: error: not enough memory: " in error_of(capsys, "info")
 
     def fail(args: argparse.Namespace) -> int:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, fail))
+    monkeypatch.setattr(info, "run", fail)
     with pytest.raises(RuntimeError, match="illegal"):
         cli.main(["info"])
 
@@ -217,16 +220,16 @@ def test_the_name_of_a_module_inside_another(monkeypatch, capsys) -> None:
     def run(args: argparse.Namespace) -> int:
         raise ModuleNotFoundError(name="google")
 
-    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, run))
+    monkeypatch.setattr(info, "run", run)
     assert "needs google.protobuf: pip install" in error_of(capsys, "info")
-    assert cli._absent(["torch", "no_such.module"]) == ["no_such.module"]
+    assert absent(["torch", "no_such.module"]) == ["no_such.module"]
 
 
 def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys) -> None:
     def run(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, run))
+    monkeypatch.setattr(info, "run", run)
     assert error_of(capsys, "info") == "vidgen: error: interrupted\n"
 
 
@@ -234,7 +237,7 @@ def test_modules_that_are_not_ours_are_not_explained_away(monkeypatch) -> None:
     def run(args: argparse.Namespace) -> int:
         raise ModuleNotFoundError(name="no_such_module")
 
-    monkeypatch.setitem(cli.COMMANDS, "info", ("", None, run))
+    monkeypatch.setattr(info, "run", run)
     with pytest.raises(ModuleNotFoundError):
         cli.main(["info"])
 

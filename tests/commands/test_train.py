@@ -22,13 +22,13 @@ from vidgen.commands.train import MODELS
 from vidgen.common.checkpoint import read_state_dict
 from vidgen.common.options import TrainRun
 from vidgen.common.trainer import OPTIMIZER, WEIGHTS, Batch, Objective, write_checkpoint
-from vidgen.nova.checks.example import SMALL, example_model
+from vidgen.nova.checks.random_weights import SMALL, fresh_model
 from vidgen.nova.model.weights import load_pretrained as load_nova
 from vidgen.nova.sampling.schedules import FlowMatching
 from vidgen.nova.training.objective import NovaObjective
 from vidgen.ops import EAGER, FUSED
 from vidgen.pyramid_flow.model.weights import load_pretrained as load_pyramid_flow
-from vidgen.repvideo.generate import RANDOM
+from vidgen.repvideo.checks.random_weights import SMALL as SMALL_REPVIDEO
 from vidgen.repvideo.model.transformer import CogVideoXTransformer
 from vidgen.repvideo.model.weights import load_pretrained as load_repvideo
 from vidgen.repvideo.training.objective import RepVideoObjective
@@ -273,7 +273,7 @@ def test_samples_that_cannot_be_read(tmp_path: Path, capsys) -> None:
 
 def test_labels() -> None:
     config = replace(SMALL, text_token_dim=None, video_base_size=(1, 2, 3), video_mixer_rank=None)
-    model = example_model(config).requires_grad_(True)
+    model = fresh_model(config).requires_grad_(True)
     objective = NovaObjective(model, {}, FlowMatching(), 4, prompt_dropout=0.5)
     tensors = {"latents": torch.zeros(4, 1, 8, 12), "label": torch.tensor([999])}
     batch = Batch(
@@ -316,7 +316,7 @@ def test_options_that_cannot_be_met() -> None:
 
 
 def test_plain_cogvideox_is_given_gates(tmp_path: Path) -> None:
-    plain = CogVideoXTransformer(replace(RANDOM, gates=False))
+    plain = CogVideoXTransformer(replace(SMALL_REPVIDEO, gates=False))
     write_checkpoint(tmp_path / "plain", RepVideoObjective(plain), {})
     data, output = write_data(tmp_path / "data", "repvideo", 1), tmp_path / "out"
     options = {"steps": 1, "checkpoint": tmp_path / "plain", "gates": True}
@@ -324,7 +324,7 @@ def test_plain_cogvideox_is_given_gates(tmp_path: Path) -> None:
         assert main(command("repvideo", data, output, **options)) == 0
     gates = load_file(output / "step_000001" / WEIGHTS)["learnable_gating"]
     assert gates.abs().max() > 0
-    of_image = CogVideoXTransformer(replace(RANDOM, in_channels=32))
+    of_image = CogVideoXTransformer(replace(SMALL_REPVIDEO, in_channels=32))
     with pytest.raises(ValueError, match=r"text-to-video model, of in_channels 16 .* got 32"):
         RepVideoObjective(of_image)
 

@@ -1,1 +1,4 @@
-"""`vidgen generate`, `train` and `verify`: what they do whichever model is named."""
+"""Commands that belong to no model: bench, generate, info, profile, train and verify.
+
+`generate`, `train` and `verify` do what is the same whichever model is named.
+"""

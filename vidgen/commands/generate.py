@@ -1,6 +1,6 @@
 """`vidgen generate`: a video or an image from a prompt, by one of the reference models.
 
-Every model has the same common options and adds its own in ``vidgen/<model>/generate.py``.
+Models share the options of `vidgen/common/options.py` and add their own in ``generate.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the video; 0 when it is there, 1 where the request cannot be met."""
+    """Generates and writes the video; 0, or 1 if the request cannot be met."""
     try:
         model = importlib.import_module(MODELS[args.model])
         check_output(args.output, model.count_frames(args))

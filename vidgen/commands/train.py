@@ -1,8 +1,8 @@
-"""`vidgen train`: the reference models on latents and text features made beforehand.
+"""`vidgen train`: trains the reference models on precomputed latents and text features.
 
-Started by torchrun (``torchrun --nproc-per-node 8 -m vidgen.cli train ...``) it trains in several
-processes. Every model has the same common options and adds its own in ``vidgen/<model>/train.py``;
-``vidgen/<model>/training/objective.py`` says what a sample is made of.
+Under torchrun (``torchrun --nproc-per-node 8 -m vidgen.cli train ...``) it trains in several
+processes. Models share the options of `add_common_arguments` and add their own in
+``vidgen/<model>/train.py``; ``vidgen/<model>/training/objective.py`` describes their samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODELS = {
     "nova": "vidgen.nova.train",
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PROMPT_DROPOUT = 0.1  # of all three models
+PROMPT_DROPOUT = 0.1  # the same for all three models
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +75,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, recipe: Recipe) -> Non
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when all steps are done, 1 where the request cannot be met."""
+    """Trains; 0 when all steps are done, or 1 if the request cannot be met."""
     try:
         _check(args)
         with _process(args) as process:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, process: Process) -> None:
-    """The whole request is checked before the first step."""
+    """Checks the whole request, then trains."""
     model = importlib.import_module(MODELS[args.model])
     on_gpu = process.device.type == "cuda"
     run = TrainRun(
@@ -141,7 +141,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _process(args: argparse.Namespace) -> Iterator[Process]:
-    """Which of torchrun's processes this is; each on a machine has a GPU of its own."""
+    """Joins torchrun's processes, if it started this one; each has a GPU of its own."""
     device = read_device(args.device)
     if not dist.is_torchelastic_launched():
         yield Process(device)

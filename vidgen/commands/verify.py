@@ -1,9 +1,9 @@
-"""`vidgen verify`: numbers recorded from the official models, recomputed by ours.
+"""`vidgen verify`: recomputes golden cases, which were recorded from the official models.
 
-A case is ``case.json`` with ``case.safetensors``: ``w.`` weights, ``in.`` inputs, ``out.`` results;
-or JSON alone, with the results in ``tables``, whose entries begin with plain numbers, the inputs.
-Its ``model`` and ``kind`` choose the function that recomputes it (`KINDS`, from each model's
-`golden.py`), its name never does.
+A case is ``case.json`` with ``case.safetensors``, whose tensors are named ``w.`` (weights), ``in.``
+(inputs) and ``out.`` (results). Or it is JSON alone, with the results in ``tables``; the plain
+numbers of a table are the inputs. ``model`` and ``kind`` of a case select the function that
+recomputes it (`KINDS`, from ``checks/golden.py`` of each model); its file name does not matter.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloa
 
 Tensors = dict[str, Tensor]
 
-# Parts of a case's JSON that say more than `config`, which they are added to under these names.
+# Further parts of a case's JSON, which are added to its `config` under these names.
 SECTIONS = ("training", "sampling")
 
 
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     meanings: dict[str, str]
 
     def tensors(self, prefix: str, device: str, dtype: torch.dtype | None = None) -> Tensors:
-        """The tensors below ``prefix``, names without it; floating-point ones in ``dtype``."""
+        """The tensors that begin with ``prefix``, without it; floating-point ones in ``dtype``."""
         from safetensors import safe_open
 
         if not self.path.with_suffix(".safetensors").exists():
@@ -69,14 +69,14 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-# {model: {kind: function(config, weights, inputs, ops) -> results by name}}; a function with a
-# parameter `outputs` is told the names that the case holds, where they alone say what is wanted,
-# one with `meanings` what the case says of each, where arguments of a call stand there alone
+# {model: {kind: function(config, weights, inputs, ops) -> results by name}}. Some cases say what to
+# compute only in the names of their results, or in the descriptions of these: functions with the
+# parameters `outputs` and `meanings` are given them.
 KINDS = {"nova": nova.KINDS, "pyramid_flow": pyramid_flow.KINDS, "repvideo": repvideo.KINDS}
 
 
 def find_cases(folder: Path) -> Iterator[Case]:
-    """JSON files below ``folder`` that say model and kind; others are tables, not cases."""
+    """The cases below ``folder``: JSON files with a model and a kind. Other files are ignored."""
     for path in sorted(folder.rglob("*.json")):
         data = read_json(path)
         if isinstance(data, dict) and "model" in data and "kind" in data:
@@ -107,7 +107,10 @@ def _read_case(path: Path, data: dict[str, Any]) -> Case:
 
 
 def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
-    """Recomputes a case; below fp32 a tensor may also be twice as far off as eager PyTorch is."""
+    """Recomputes a case and compares the results.
+
+    In 16 bits the tolerance grows by twice the error of eager PyTorch, plus one rounding.
+    """
     recompute = KINDS.get(case.model, {}).get(case.kind)
     if recompute is None:
         return Outcome("SKIP", reason=f"not built yet: {case.model} {case.kind}")
@@ -126,7 +129,7 @@ def check(case: Case, ops: str, dtype: torch.dtype, device: str) -> Outcome:
         names = {name: x for name, x in told.items() if name in parameters}
         actual = results(ops)
         same_dtype = results("eager") if dtype in (torch.float16, torch.bfloat16) else None
-    except Exception as problem:  # whatever is wrong with one case, the others still run
+    except Exception as problem:  # an error in one case must not end the others
         return Outcome("FAIL", reason=f"{type(problem).__name__}: {problem}")
     if not expected or not expected.keys() <= actual.keys():
         missing = ", ".join(sorted(expected.keys() - actual.keys()))
@@ -164,13 +167,13 @@ def _values(result: Tensor | Where | Pixels) -> Tensor:
 
 
 def _only_compared(x: Tensor, result: Tensor | Where | Pixels) -> Tensor:
-    """The elements of ``x`` that count, by what is said with ``result``."""
+    """The elements of ``x`` that are compared: with `Where` only some."""
     return x[result.compared.expand_as(x)] if isinstance(result, Where) else x
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference; equal infinities do not differ."""
-    # tables of a schedule are on the CPU wherever the case is
+    """The largest absolute difference; equal infinities have the difference 0."""
+    # the tables of schedules are on the CPU even if the case is not
     actual, expected = actual.detach().to(expected.device).double(), expected.double()
     difference = torch.where(actual == expected, 0.0, (actual - expected).abs())
     return difference.max().item() if difference.numel() else 0.0
@@ -200,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a line per case; 0 when none failed, 1 otherwise."""
+    """Prints a line per case; 0 if none failed, 1 otherwise."""
     folder = args.golden or Path(os.environ.get("VIDGEN_GOLDEN") or GOLDEN)
     path = path_taken()
     if path == "interpreted" and args.dtype == "bfloat16":

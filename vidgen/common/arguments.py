@@ -1,4 +1,7 @@
-"""What argparse reads numbers, names and folders with: bad ones end before any work."""
+"""Types for argparse: numbers in a range, lists of names, folders for output.
+
+A bad value ends the command before any work.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-MOST = 1_000_000  # where nothing smaller is known: far from what overflows
-MAX_SIDE = 16384  # pixels, the most that H.264 holds
-MAX_STEPS = 1000  # timesteps that models are trained at
+MOST = 1_000_000  # the upper limit of options that have no other
+MAX_SIDE = 16384  # pixels, the limit of H.264
+MAX_STEPS = 1000  # the number of timesteps that the models are trained on
 MAX_SEED = 2**63 - 1
 
 
 def whole(least: int = 1, most: int = MOST, *, multiple: int = 1) -> Callable[[str], int]:
-    """Reads whole numbers in that range."""
+    """A type for whole numbers from ``least`` to ``most``."""
     kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
 
     def read(text: str) -> int:
@@ -33,7 +36,7 @@ def whole(least: int = 1, most: int = MOST, *, multiple: int = 1) -> Callable[[s
 def number(
     least: float = 0.0, most: float = MOST, *, above: bool = False
 ) -> Callable[[str], float]:
-    """Reads numbers in that range; ``above``: without ``least`` itself."""
+    """A type for numbers from ``least`` to ``most``, with ``above`` without ``least`` itself."""
     start = f"above {least:g}, at most" if above else f"from {least:g} to"
 
     def read(text: str) -> float:
@@ -50,14 +53,14 @@ def number(
 
 
 def names(text: str) -> str:
-    """Reads names with commas between, none of them empty."""
+    """A type for names separated by commas, none of them empty."""
     if not all(name.strip() for name in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected names with commas between, got {text!r}")
     return text
 
 
 def output_folder(text: str) -> Path:
-    """Reads a folder to write to, which is there or can be made."""
+    """A type for a folder to write to, which exists or can be created."""
     path = Path(text)
     nearest = next(x for x in (path, *path.absolute().parents) if x.exists())
     try:

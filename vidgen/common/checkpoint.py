@@ -1,4 +1,4 @@
-"""Checkpoint files: read safely, loaded with nothing missing or left over, written whole."""
+"""Checkpoint files: reads them safely, loads all weights or none, writes whole files or none."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a folder of weights may hold, the first found is read; an index names several files.
+# Names of the weights in a folder; the first one that exists is read. An index names several files.
 FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
 )
-SHOWN = 5  # keys named in an error
+SHOWN = 5  # the most keys that an error names
 
 
 def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of several with an index, or of a torch file.
+    """The tensors of a safetensors file, of several files with an index, or of a torch file.
 
-    Nothing in a file is ever executed: torch files are read with ``weights_only=True``.
+    No code in a file is executed: torch files are read with ``weights_only=True``.
 
     Args:
-        within: the entry of a training checkpoint that holds them, used where there is one.
+        within: the entry of a training checkpoint that holds the tensors, if it is there.
 
     Raises:
-        ValueError: no such file, or something else in it.
+        ValueError: a missing file, or one without tensors.
     """
     path = Path(path)
     if path.name.endswith(".index.json"):
@@ -44,7 +44,7 @@ def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Te
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, UnpicklingError) as problem:
-        # the rest of torch's message tells how to read a file that one trusts
+        # the rest of torch's message explains how to read trusted files
         what, _, _ = str(problem).partition(". ")
         raise ValueError(f"checkpoint: expected tensors in {path}: {what}") from problem
     if isinstance(state, dict) and within is not None and within in state:
@@ -57,7 +57,7 @@ def read_state_dict(path: str | Path, within: str | None = None) -> dict[str, Te
 
 
 def _files_of(index: Path) -> list[str]:
-    """The files that an index names, all of them beside it."""
+    """The files that an index names, which have to be in its folder."""
     names = read_config(index.parent, index.name).get("weight_map")
     files = set(map(str, names.values())) if isinstance(names, dict) else set()
     if not files or any(Path(name).name != name for name in files):
@@ -67,7 +67,7 @@ def _files_of(index: Path) -> list[str]:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises ValueError where there is none, or something else in it."""
+    """The tensors of a file. Raises ValueError if it is missing or no safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -83,7 +83,7 @@ def read_folder(
     """config.json and state dict of a folder in the layout of diffusers.
 
     Raises:
-        ValueError: no config.json or no weights in it.
+        ValueError: a missing config.json or missing weights.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -94,7 +94,7 @@ def read_folder(
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON file of a folder. Raises ValueError where there is none, or it has no object."""
+    """The object in a JSON file. Raises ValueError if it is missing or holds no object."""
     path = Path(folder) / name
     if not path.is_file():
         raise ValueError(f"folder: expected {name} in {folder}, found none")
@@ -105,7 +105,7 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
 
 
 def read_json(path: Path) -> Any:
-    """What is in a file. Raises ValueError where it is not JSON."""
+    """The contents of a JSON file. Raises ValueError if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as problem:
@@ -119,14 +119,16 @@ def load_exactly(
     prefix: str = "",
     skip: Sequence[str] = (),
 ) -> None:
-    """Loads ``state`` into ``model``; a model on the meta device takes the tensors as they are.
+    """Loads ``state`` into ``model``, whose keys have to be the same.
+
+    A model on the meta device takes over the tensors of ``state``, with their dtype.
 
     Args:
-        prefix: removed from the keys that have it.
-        skip: beginnings of keys that belong to other models and are left out.
+        prefix: removed from the keys that begin with it.
+        skip: keys that begin with one of these are ignored.
 
     Raises:
-        ValueError: keys missing or left over, other shapes.
+        ValueError: missing or unknown keys, or other shapes.
     """
     found = {
         key.removeprefix(prefix): x for key, x in state.items() if not key.startswith(tuple(skip))
@@ -153,7 +155,7 @@ def load_exactly(
 
 
 def write_state_dict(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """A safetensors file, complete or not there. Raises ValueError where ``path`` exists."""
+    """Writes a safetensors file, whole or not at all. Raises ValueError if ``path`` exists."""
     from safetensors.torch import save_file
 
     with written_whole(path) as unfinished:
@@ -161,8 +163,11 @@ def write_state_dict(path: str | Path, state: Mapping[str, Tensor]) -> None:
 
 
 def check_new(path: Path, kind: str = "file") -> None:
-    """Before long work. Raises ValueError where no new file, or folder, can be made there."""
-    if os.path.lexists(path):  # a link to nothing, too
+    """Raises ValueError unless a new file or folder can be created at ``path``.
+
+    Commands call this before long work.
+    """
+    if os.path.lexists(path):  # also a broken link
         raise ValueError(f"output: expected a new {kind}, {path} exists")
     if not path.parent.is_dir():
         raise ValueError(f"output: expected an existing folder, got {path.parent}")
@@ -174,16 +179,16 @@ def check_new(path: Path, kind: str = "file") -> None:
 
 
 def _beside(path: Path) -> dict[str, Any]:
-    """Of a temporary file, for `tempfile`."""
+    """Arguments of `tempfile` for a temporary file in the same folder."""
     return {"dir": path.parent, "prefix": f".{path.stem}-", "suffix": path.suffix}
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, which becomes ``path`` when all is written.
+    """A temporary file in the same folder, which is renamed to ``path`` at the end of the context.
 
     Raises:
-        ValueError: ``path`` exists: no file is overwritten; or its folder does not.
+        ValueError: ``path`` exists, or its folder does not.
     """
     path = Path(path)
     check_new(path)
@@ -194,7 +199,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield unfinished
         umask = os.umask(0)
         os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)  # mkstemp's file is its owner's alone
+        unfinished.chmod(0o666 & ~umask)  # mkstemp lets only the owner read it
         unfinished.rename(path)
     finally:
         unfinished.unlink(missing_ok=True)

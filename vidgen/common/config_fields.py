@@ -1,4 +1,4 @@
-"""Types of a configuration, before a model is built of it: a config.json may say anything."""
+"""Checks the types of a config's fields before a model is built: a config.json may say anything."""
 
 import math
 from collections.abc import Collection
@@ -7,9 +7,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def check_fields(config: Any, signed: Collection[str] = ()) -> None:
-    """ValueError unless each field of a dataclass is of the type that is declared.
+    """Raises ValueError unless each field of a dataclass has its declared type.
 
-    Numbers are finite, and whole ones not negative but in the fields ``signed``.
+    Numbers have to be finite, and integers not negative, except in the fields ``signed``.
     """
     for name, hint in get_type_hints(type(config)).items():
         x = getattr(config, name)

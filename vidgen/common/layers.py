@@ -21,7 +21,7 @@ class GELUProjection(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # the checkpoints' numbering: 1 was dropout
+        # numbered as in the checkpoints, where 1 was dropout
         layers = (GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
         self.net = nn.Sequential(*layers)
 

@@ -19,8 +19,8 @@ VIDEOS = (".mp4", ".mkv", ".mov")
 def to_uint8(video: Tensor, *, rounded: bool = True) -> Tensor:
     """Frames ``[..., T, H, W, 3]`` uint8 from a video ``[..., 3, T, H, W]`` in [-1, 1].
 
-    ``127.5 * video + 127.5``, clamped; its fraction is rounded or, as in the code that Pyramid Flow
-    and NOVA are released with, dropped.
+    ``127.5 * video + 127.5``, clamped, and rounded; with ``rounded=False`` its fraction is cut off,
+    as in the released code of Pyramid Flow and NOVA.
     """
     x = video.to(torch.promote_types(video.dtype, torch.float32))
     pixels = (x * 127.5).add_(127.5).clamp_(0, 255).movedim(-4, -1)
@@ -34,9 +34,9 @@ def from_uint8(frames: Tensor) -> Tensor:
 
 
 def fit(frames: Tensor, height: int, width: int) -> Tensor:
-    """Frames ``[T, h, w, 3]`` uint8 resized to cover the size and cut to it about the centre.
+    """Resizes frames ``[T, h, w, 3]`` uint8 to cover the given size, and cuts out the centre.
 
-    A video ``[3, T, height, width]`` fp32 in [-1, 1].
+    Returns a video ``[3, T, height, width]``, fp32 in [-1, 1].
     """
     video = from_uint8(frames).transpose(0, 1)  # [T, 3, h, w]
     h, w = video.shape[-2:]
@@ -50,7 +50,11 @@ def fit(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 def read_frames(path: str | Path) -> Tensor:
-    """All frames of a video or image file, ``[T, H, W, 3]`` uint8."""
+    """All frames of a video or image file, ``[T, H, W, 3]`` uint8.
+
+    Raises:
+        ValueError: a missing file, or one without frames.
+    """
     import av
 
     path = Path(path)
@@ -62,7 +66,7 @@ def read_frames(path: str | Path) -> Tensor:
                 torch.from_numpy(frame.to_ndarray(format="rgb24"))
                 for frame in container.decode(video=0)
             ]
-    except (av.FFmpegError, IndexError) as problem:  # IndexError: sound, and nothing to see
+    except (av.FFmpegError, IndexError) as problem:  # IndexError: a file with sound only
         raise ValueError(f"input: expected a video or image in {path}: {problem}") from problem
     if not frames:
         raise ValueError(f"input: expected frames in {path}, found none")
@@ -70,9 +74,13 @@ def read_frames(path: str | Path) -> Tensor:
 
 
 def check_output(path: str | Path, n_frames: int) -> None:
-    """Before long work: raises what `write_frames` would, ModuleNotFoundError included.
+    """Raises the errors that `write_frames` would raise; called before long work.
 
-    One frame makes an image or a video, more make a video.
+    One frame can be written as an image or a video, several only as a video.
+
+    Raises:
+        ValueError: ``path`` exists or has another suffix, or its folder cannot be written.
+        ModuleNotFoundError: the package that writes such files is not installed.
     """
     path = Path(path)
     known = VIDEOS if n_frames > 1 else (*IMAGES, *VIDEOS)
@@ -83,10 +91,9 @@ def check_output(path: str | Path, n_frames: int) -> None:
 
 
 def write_frames(path: str | Path, frames: Tensor, fps: float = 1.0) -> None:
-    """Frames ``[T, H, W, 3]`` uint8 as H.264 video or, one of them, as an image, by the suffix.
+    """Writes frames ``[T, H, W, 3]`` uint8 as H.264 video, or one frame as image, by the suffix.
 
-    Raises:
-        ValueError: ``path`` exists, another suffix, or several frames for an image.
+    Errors: `check_output`.
     """
     path = Path(path)
     check_output(path, len(frames))

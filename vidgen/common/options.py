@@ -1,7 +1,6 @@
-"""Options that commands share, and what a model is told of them.
+"""Options that `vidgen generate`, `analyze` and `train` share, and the objects made from them.
 
-`vidgen generate`, `analyze` and `train` add these to their own; a model's ``generate.py`` gets a
-`GenerateRun`, its ``train.py`` a `TrainRun`.
+A model's ``generate.py`` is given a `GenerateRun`, its ``train.py`` a `TrainRun`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class GenerateRun(NamedTuple):
-    """What the common options of `vidgen generate` say."""
+    """The common options of `vidgen generate`."""
 
     checkpoint: Path | None  # None: random weights
     prompt: str | None
@@ -37,7 +36,7 @@ class GenerateRun(NamedTuple):
 
 
 class TrainRun(NamedTuple):
-    """What the common options of `vidgen train` say of the model."""
+    """The common options of `vidgen train` that concern the model."""
 
     checkpoint: Path | None  # None: random weights
     ops: Ops
@@ -53,7 +52,7 @@ class Video(NamedTuple):
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights, and how the model runs."""
+    """Adds the options for weights, seed, operators and device."""
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", type=Path, metavar="DIR", help="the official checkpoint")
     weights.add_argument(
@@ -69,7 +68,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a `GenerateRun` is made of."""
+    """Adds the options that `read_common` reads."""
     add_model_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what to show")
     parser.add_argument(
@@ -92,9 +91,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def add_size_arguments(
     group: argparse._ArgumentGroup, multiple: int, *, height: str, width: str
 ) -> None:
-    """`--height` and `--width`, in pixels; the texts say what they are by default.
+    """Adds `--height` and `--width`, in pixels; the arguments describe their defaults.
 
-    A model checks the multiple, which its config may change.
+    The multiple is only for the help text: each model checks the one of its config.
     """
     for name, default in (("height", height), ("width", width)):
         group.add_argument(
@@ -116,7 +115,7 @@ def add_ops_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def read_device(name: str | None) -> torch.device:
-    """That device; None: a GPU where there is one. Raises ValueError for what is not there."""
+    """The device of that name; None: a GPU if there is one. Raises ValueError for other names."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     known = [*(["cuda"] if gpus else []), *(f"cuda:{i}" for i in gpus), "cpu"]
     if name is not None and name not in known:
@@ -125,7 +124,7 @@ def read_device(name: str | None) -> torch.device:
 
 
 def read_common(args: argparse.Namespace, progress: Progress) -> GenerateRun:
-    """What the common options say. Raises ValueError where they do not fit together."""
+    """Reads the common options. Raises ValueError if they do not fit together."""
     device = read_device(args.device)
     if args.prompt is not None and args.embeddings is not None:
         raise ValueError("prompt: expected a prompt or embeddings, got both")

@@ -1,4 +1,4 @@
-"""What the VAEs of videos share: the shape they take, and the distribution they give."""
+"""What the video VAEs share: the check of input shapes, and the distribution of latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def check_volume(name: str, x: Tensor, n_channels: int) -> None:
-    """ValueError unless ``x`` is a video, or latents, [B, C, T, H, W] with something in it."""
+    """Raises ValueError unless ``x`` is a video or latents, ``[B, C, T, H, W]`` and not empty."""
     if x.ndim != 5 or x.shape[1] != n_channels or 0 in x.shape[2:]:
         shape = f"[B, {n_channels}, frames, height, width], none of them 0"
         raise ValueError(f"{name}: expected {shape}, got {list(x.shape)}")
@@ -38,10 +38,10 @@ class Posterior:
     def sample(
         self, generator: torch.Generator | None = None, *, noise: Tensor | None = None
     ) -> Tensor:
-        """Random latents [B, C, T, h, w], by ``noise`` of that shape or one that is drawn."""
+        """Random latents [B, C, T, h, w], from ``noise`` of that shape if given, else drawn."""
         mean = self.mean
         if noise is None:
-            # Drawn where the generator lives: a CPU generator gives the same latents everywhere.
+            # drawn on the generator's device: a CPU generator gives the same latents everywhere
             device = mean.device if generator is None else generator.device
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=device)
         elif noise.shape != mean.shape:

@@ -1,4 +1,4 @@
-"""Progress of long work: samplers report steps, whoever runs them decides how they are shown."""
+"""Progress of long work: samplers report their loops, commands decide how to show them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """What a sampler asks for; loops may nest."""
+    """What samplers call: ``for step in progress.track(steps, "steps")``. Loops may be nested."""
 
     def track(self, steps: Iterable[T], description: str) -> Iterable[T]: ...
 
@@ -28,9 +28,9 @@ SILENT = Silent()
 
 
 class Bars:
-    """A bar on stderr for each loop that runs, with the time left; use as a context manager.
+    """A bar on stderr for each running loop, with the time left; a context manager.
 
-    Nothing is shown where stderr is not a terminal: a file or a pipe.
+    Nothing is shown if stderr is not a terminal.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Bars:
             if not self._depth:
                 self._rich.refresh()
             else:
-                self._rich.remove_task(task)  # a loop inside another begins anew each time
+                self._rich.remove_task(task)  # the outer loop will start an inner one again
 
     def note(self, text: str) -> None:
         """Shows a few words beside the innermost bar."""

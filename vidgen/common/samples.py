@@ -1,12 +1,12 @@
-"""What a model is trained on: a folder of safetensors files, one video or image in each.
+"""Training data: a folder of safetensors files with one video or image in each.
 
-A file holds ``latents`` of the VAE, as the model is given them (normalised), and the text features
-of one prompt by the names of the files that `vidgen generate --embeddings` reads; both are made
-beforehand, and `checkpoint.write_state_dict` writes such files. Which tensors a model wants is said
-in ``vidgen/<model>/training/objective.py``.
+A file holds ``latents`` of the VAE, normalised as the model expects them, and the text features of
+one prompt, named as in the files for `vidgen generate --embeddings`. Both are computed beforehand;
+`checkpoint.write_state_dict` writes such files. ``vidgen/<model>/training/objective.py`` lists the
+tensors that a model needs.
 
-The order depends on the seed alone: the sample at a position of the run, counted over all steps and
-processes, is the same however many processes there are.
+The order of samples depends on the seed only. The n-th sample of a run, counted over all steps and
+processes, is the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ Sample = dict[str, Tensor]
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed made of several: nearby ones give unlike random numbers. 32 bits, all a CPU reads."""
+    """A seed from several parts; similar parts give unrelated seeds. 32 bits, as a CPU reads."""
     text = " ".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 class Samples:
-    """The samples of a folder, in an order that is another in every epoch.
+    """The samples of a folder, in a new random order in every epoch.
 
     Args:
-        read: what a model makes of the tensors of a file; ValueError where they do not fit. It is
-            also called with tensors on the meta device, so that no file is found wrong late.
-        same: names of a sample's tensors whose shape has to be that of the first file.
+        read: makes a sample of the tensors of a file; raises ValueError if they do not fit. At the
+            start it is called for every file with tensors on the meta device, so that a bad file
+            is found before training.
+        same: names of tensors whose shape has to be the same in all samples.
 
     Raises:
-        ValueError: no folder, no files, files that do not fit, with their names.
+        ValueError: a missing or empty folder, or a file that does not fit, with its name.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Samples:
         return len(self.paths)
 
     def at(self, position: int) -> Sample:
-        """The sample at a position of the run, on the CPU."""
+        """The sample at a position of the run (counted over epochs), on the CPU."""
         epoch, i = divmod(position, len(self))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
@@ -100,10 +101,10 @@ class Samples:
 
 
 def take_latents(tensors: Sample, expected: Sequence[int | None]) -> tuple[Tensor, Sample]:
-    """``latents`` and the other tensors of a file; None in ``expected`` is any size.
+    """``latents`` and the other tensors of a file; None in ``expected`` means any size.
 
     Raises:
-        ValueError: no latents, another shape.
+        ValueError: missing latents, or another shape.
     """
     others = dict(tensors)
     latents = others.pop("latents", None)

@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers in folders of transformers; nothing is fetched from elsewhere."""
+"""Loads text encoders and tokenizers from folders of transformers; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_model(kind: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:
     """A model of transformers, such as ``T5EncoderModel``, for inference; safetensors only.
 
     Raises:
-        ValueError: no folder, no weights, some of them missing or of another size.
+        ValueError: a missing folder, or weights that are missing or of another size.
     """
     read_config(folder)
     try:
@@ -41,14 +41,14 @@ def read_tokenizer(kind: Any, folder: str | Path) -> Any:
     """A tokenizer of transformers.
 
     Raises:
-        ValueError: none in the folder.
-        ModuleNotFoundError: without what reads the only file of T5's released folders.
+        ValueError: no tokenizer in the folder.
+        ModuleNotFoundError: a package that is needed to read T5's ``spiece.model`` is missing.
     """
     found = [name for name in TOKENIZER_FILES if (Path(folder) / name).exists()]
     if not found:
         raise ValueError(f"tokenizer: expected {' or '.join(TOKENIZER_FILES)} in {folder}")
     if found == ["spiece.model"]:
-        # transformers needs both, and where one is absent asks for something else
+        # transformers needs both, but its error for a missing one names another package
         importlib.import_module("sentencepiece")
         importlib.import_module("google.protobuf")
     return kind.from_pretrained(folder, local_files_only=True)

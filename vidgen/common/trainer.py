@@ -1,8 +1,8 @@
 """The training loop: AdamW on a model's objective, in one process or several.
 
-Weights are kept in fp32, the objective runs in autocast. Every sample of the run has random numbers
-of its own, from the seed and its position, so that results do not depend on how a batch is shared
-among processes, and a run that is resumed goes on as if it had not stopped.
+Weights are fp32, and the objective runs in autocast. Each sample of a run has its own random
+numbers, from the seed and its position in the run. So results do not depend on how a batch is
+divided among processes, and a resumed run continues as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ LOG = "losses.jsonl"
 
 
 class Batch(NamedTuple):
-    """The samples that a process has in a step."""
+    """The samples of one process in one step."""
 
-    samples: list[Sample]  # on the device, in fp32 where they are not integers
+    samples: list[Sample]  # on the device; floating-point tensors in fp32
     positions: range  # of the samples in the run
-    generators: list[torch.Generator]  # on the device, one for each sample
-    shared: torch.Generator  # on the device, with the same numbers in all processes
+    generators: list[torch.Generator]  # on the device, one per sample
+    shared: torch.Generator  # on the device, with the same seed in all processes
 
     def dropped(self, share: float) -> Tensor:
-        """Bool ``[B]``: the samples that are trained without their text, ``share`` of all."""
+        """Bool ``[B]``: which samples train without their text; on average ``share`` of them."""
         draws = [torch.rand((), generator=g, device=g.device) for g in self.generators]
         return torch.stack(draws) < share
 
 
 class Objective(nn.Module):
-    """A model and its loss. The mean over processes of what `forward` gives is minimised.
+    """A model and its loss. Training minimises the mean of `forward` over the processes.
 
     Args:
-        config: what config.json of a checkpoint will hold.
-        dtype: of the model's matrix products; its weights are fp32.
+        config: is written to config.json of checkpoints.
+        dtype: of autocast; the weights are fp32.
         prompt_dropout: share of samples that are trained without their text.
 
     Attributes:
-        same: names of tensors that a batch has in one shape.
+        same: names of tensors that need the same shape in all samples of a batch.
     """
 
     same: tuple[str, ...] = ()
@@ -75,28 +75,28 @@ class Objective(nn.Module):
         self.config, self.dtype, self.prompt_dropout = config, dtype, prompt_dropout
 
     def read(self, tensors: Sample) -> Sample:
-        """The sample in the tensors of a file. Raises ValueError where they do not fit."""
+        """A sample from the tensors of a file. Raises ValueError if they do not fit."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss, the mean over the samples of the batch."""
+        """The loss: the mean over the samples of the batch."""
         raise NotImplementedError
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """For the model; noise and targets are made outside, in fp32."""
+        """The context to run the model in; noise and targets are computed outside, in fp32."""
         device = next(self.model.parameters()).device.type
         return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class Recipe(NamedTuple):
-    """How a model's weights are changed."""
+    """Settings of the optimizer."""
 
     learning_rate: float
-    batch_size: int  # samples of a process in a step
+    batch_size: int  # samples per process and step
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0  # of matrices and kernels, not of biases, norms and gates
-    max_norm: float = 0.0  # of all gradients together; 0: any
-    warmup_steps: int = 0  # over which the learning rate grows from 0
+    max_norm: float = 0.0  # gradients are scaled down to this total norm; 0: never
+    warmup_steps: int = 0  # in which the learning rate grows linearly from 0
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -126,11 +126,11 @@ class Process(NamedTuple):
 
 
 class Trainer:
-    """Trains an objective and writes what comes of it to a folder.
+    """Trains an objective, and writes losses and checkpoints to a folder.
 
-    The folder gets ``losses.jsonl``, a line for each step, and ``step_000100`` and so on: a
-    checkpoint in the layout of diffusers, with the state of the optimizer. A step that was run
-    again after an interruption is in the log again.
+    ``losses.jsonl`` has a line for each step; steps that are repeated after an interruption occur
+    twice. ``step_000100`` and so on are checkpoints in the layout of diffusers, with the state of
+    the optimizer.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Trainer:
             )
 
     def train(self, progress: Bars | Silent = SILENT) -> None:
-        """All steps that are left. Raises ValueError for numbers that are not finite."""
+        """Runs the remaining steps. Raises ValueError for a loss or gradient that is not finite."""
         schedule = self.schedule
         for step in progress.track(range(self.step, schedule.steps), "training"):
             line = self._train_step(step)
@@ -165,10 +165,10 @@ class Trainer:
                 self._save()
 
     def resume(self) -> None:
-        """Goes on from the last checkpoint in the folder.
+        """Loads the last checkpoint in the folder, to continue from it.
 
         Raises:
-            ValueError: no checkpoint, one of another run, or no steps left.
+            ValueError: no checkpoint, a checkpoint of another run, or no steps left.
         """
         folder = last_checkpoint(self.output)
         state: dict[str, Any] = read_state_dict(folder / OPTIMIZER)
@@ -186,7 +186,7 @@ class Trainer:
 
     @property
     def _identity(self) -> dict[str, int]:
-        """What has to be the same for the samples and their random numbers to be the same."""
+        """What has to be equal in a resumed run: it decides on samples and random numbers."""
         return {
             "seed": self.schedule.seed,
             "samples": len(self.samples),
@@ -214,7 +214,7 @@ class Trainer:
         return {"loss": mean.item(), "learning_rate": rate, "gradient_norm": norm.item()}
 
     def _batch(self, step: int) -> Batch:
-        """The processes' samples follow one another, in blocks."""
+        """The samples of this process; a step has one block of samples for each process."""
         process, size, device = self.process, self.recipe.batch_size, self.process.device
         first = (step * process.count + process.rank) * size
         positions = range(first, first + size)
@@ -246,11 +246,11 @@ class Trainer:
 
 
 def write_checkpoint(folder: Path, objective: Objective, state: Mapping[str, Any]) -> None:
-    """Complete or not there. Raises ValueError where ``folder`` exists."""
+    """Writes a checkpoint, whole or not at all. Raises ValueError if ``folder`` exists."""
     if folder.exists():
         raise ValueError(f"output: expected a new folder, {folder} exists")
     unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped while it wrote
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was stopped while writing
     unfinished.mkdir()
     try:
         with written_whole(unfinished / CONFIG) as path:
@@ -264,7 +264,7 @@ def write_checkpoint(folder: Path, objective: Objective, state: Mapping[str, Any
 
 
 def last_checkpoint(output: Path) -> Path:
-    """The checkpoint of the most steps. Raises ValueError where there is none."""
+    """The checkpoint with the most steps. Raises ValueError if there is none."""
     found = [
         (int(path.name[5:]), path) for path in output.glob("step_*") if path.name[5:].isdigit()
     ]
@@ -274,7 +274,7 @@ def last_checkpoint(output: Path) -> Path:
 
 
 def _check_finite(name: str, x: Tensor, step: int) -> None:
-    """The same in all processes, before anything is changed."""
+    """Raises ValueError, in all processes and before weights change, if ``x`` is not finite."""
     if not math.isfinite(x):
         raise ValueError(f"{name}: expected a finite number at step {step + 1}, got {x:g}")
 

@@ -1,6 +1,7 @@
-"""Plain PyTorch as the official models write it: the baseline that the kernels are held against.
+"""Plain PyTorch as the official models write it: the baseline that kernels are compared with.
 
-One file for each subject, named as that of the kernels.
+`vidgen.ops.EAGER` collects these functions. Their arguments are those of `vidgen_kernels`, which
+documents them.
 """
 
 from .attention import attention, interval_attention, set_masked_attention

@@ -12,14 +12,14 @@ from vidgen_kernels import IntervalMask
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Without a mask."""
+    """Full attention."""
     return _dense_attention(q, k, v, None, return_lse)
 
 
 def interval_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, *, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Packed sequences run one by one, as the official models run them."""
+    """Packed sequences run one after another, as in the official models."""
     if not mask.parts or mask.n_queries is None or mask.n_keys is None:
         return _dense_attention(q, k, v, _dense_mask(mask), return_lse)
     results, i, j = [], 0, 0
@@ -38,7 +38,7 @@ _dense_masks: WeakKeyDictionary[IntervalMask, Tensor] = WeakKeyDictionary()
 
 
 def _dense_mask(mask: IntervalMask) -> Tensor:
-    """Bool ``[B or 1, Tq, Tk]``, built once for all layers; the few of one forward are kept."""
+    """Bool ``[B or 1, Tq, Tk]``; cached, since all layers of a forward use the same few masks."""
     if torch.compiler.is_compiling():
         return mask.to_dense()
     if mask not in _dense_masks:

@@ -1,4 +1,4 @@
-"""RepVideo's feature cache: the outputs of a window in a list, their mean taken anew each time."""
+"""RepVideo's feature cache: a list of the outputs in a window, averaged anew in each layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def mix(
     keep_sum: bool = True,
     sum_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, None]:
-    """There is no running sum: RepVideo's code takes the mean of all outputs, also for n = 1."""
+    """Without a running sum: as in RepVideo's code, the mean of all outputs, also for n = 1."""
     mean = torch.stack([*older, y]).mean(dim=0)
     return gate * mean + (1 - gate) * y, None
 
@@ -56,7 +56,7 @@ def segment(
 
 
 class CacheWindow:
-    """The outputs of a window in a list, as in RepVideo's code."""
+    """Keeps the outputs of a window in a list, as RepVideo's code does."""
 
     def __init__(self, gates: Tensor, window: int = 6) -> None:
         self.gates, self.window = gates, window
@@ -64,7 +64,7 @@ class CacheWindow:
 
     def reset(self) -> None:
         self._outputs: list[Tensor] = []
-        # {y: the outputs before it}, for a checkpoint that runs a layer again
+        # {y: the outputs before it}, for gradient checkpointing, which runs a layer again
         self._before: Any = None
 
     def __call__(self, layer: int, y: Tensor) -> Tensor:

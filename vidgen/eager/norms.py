@@ -1,4 +1,4 @@
-"""Residuals, norms and modulation, one operator after the other."""
+"""Residuals, norms and modulation, each a separate operator."""
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def norm_modulate(
     norm: str,
     eps: float,
 ) -> Tensor:
-    """CogVideoX slices, norms and modulates text and video apart, and joins them again."""
+    """As in CogVideoX, text and video are sliced, normalised and modulated apart, then joined."""
     if text is not None:
         options = weight, bias, norm, eps
         return torch.cat(
@@ -70,7 +70,7 @@ def norm_modulate(
 
 
 def _of_tokens(vector: Tensor) -> Tensor:
-    """[B, D] as [B, 1, D]."""
+    """``[B, D]`` as ``[B, 1, D]``; vectors per token stay."""
     return vector[:, None] if vector.ndim == 2 else vector
 
 

@@ -27,7 +27,7 @@ def upsample_renoise(
     seed: int | Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """A seed draws all blocks at once: another stream than that of the kernels."""
+    """With a seed, the noise differs from that of the kernels: it is drawn by `torch.randn`."""
     up = _frame_by_frame(x, lambda frames: F.interpolate(frames, scale_factor=2, mode="nearest"))
     if seed is not None:
         block_noise = _seeded_block_noise(up, gamma, int(seed) + offset)
@@ -62,9 +62,9 @@ def training_pair(
 
 
 def official_block_noise(shape: Sequence[int], gamma: float = 1 / 3) -> Tensor:
-    """As the official sampler draws it: on the CPU, one 2 x 2 block after the other.
+    """As the official sampler draws it: on the CPU, one 2 x 2 block after another.
 
-    The covariance is in fp64: in fp32 not every CPU finds it positive definite.
+    The covariance is in fp64, since in fp32 some CPUs find it not positive definite.
     """
     mean, eye = torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
     block = torch.distributions.MultivariateNormal(mean, (1 + gamma) * eye - gamma)
@@ -73,7 +73,7 @@ def official_block_noise(shape: Sequence[int], gamma: float = 1 / 3) -> Tensor:
 
 
 def _seeded_block_noise(like: Tensor, gamma: float, seed: int) -> Tensor:
-    """White noise times a root of the covariance, all blocks at once."""
+    """White noise times the square root of the covariance, for all blocks at once."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     generator = torch.Generator(like.device).manual_seed(seed)
     z = torch.randn(like.numel() // 4, 4, generator=generator, dtype=dtype, device=like.device)
@@ -91,6 +91,6 @@ def _from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _frame_by_frame(x: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B, C, T, H, W] through a function of images [B T, C, H, W]."""
+    """Applies a function of images ``[B T, C, H, W]`` to ``[B, C, T, H, W]``."""
     frames = resize(x.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)

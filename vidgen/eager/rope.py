@@ -1,4 +1,4 @@
-"""Queries and keys: split into heads, normed, then turned by tables of cosines and sines."""
+"""Queries and keys: split into heads, normalised, then rotated by tables of cosines and sines."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,7 @@ def qk_norm_rope(
             dim=-1,
         )
         angles = angles.unsqueeze(-3)  # the same for all heads
-        if text is not None:  # text has position 0
+        if text is not None:  # at position 0, so not rotated
             angles = F.pad(angles, (0, 0, q.shape[2] - angles.shape[-2], 0))
         dtype = torch.promote_types(q.dtype, torch.float32)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)

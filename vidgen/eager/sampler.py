@@ -93,11 +93,11 @@ def _guided(velocity: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
 
 
 def _clean_prediction(x: Tensor, v: Tensor, sqrt_alpha: float) -> Tensor:
-    """In fp32 or wider, where the official loops keep their latents."""
+    """x0, in fp32 or wider, as the official loops keep their latents."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return sqrt_alpha * x - (1 - sqrt_alpha**2) ** 0.5 * v
 
 
 def _log_snr(sqrt_alpha: float) -> float:
-    """Half of it: log(A / sqrt(1 - A^2))."""
+    """Half the log signal-to-noise ratio: log(A / sqrt(1 - A^2))."""
     return math.log(sqrt_alpha / (1 - sqrt_alpha**2) ** 0.5) if sqrt_alpha else -math.inf

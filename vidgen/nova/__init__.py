@@ -1,23 +1,23 @@
-"""NOVA (arXiv 2412.14169): video by frames in time and sets of tokens in space.
+"""NOVA (arXiv 2412.14169): generates a video frame by frame, and a frame in sets of tokens.
 
 Read in this order:
 
     model/      the network
         config         sizes, by the names of config.json
         embeddings     patches, positions, text, class, motion, special tokens
-        vit            the transformer of both encoders, and the cache of its keys and values
-        video_encoder  features of a frame from those before it; mixer relates them to the first
-        image_encoder  what the tokens of a frame should become, set by set
-        set_causal     the same with a cache: the paper's own spatial mask
-        denoiser       the MLP that samples a token
-        transformer    all of them under one roof
-        weights        official checkpoints
-    sampling/   schedules (noise levels, sizes of sets), then sampler: frame by frame; frames,
-                denoising, draws, guidance, graphs below it
-    training/   the objective (loss), and the batches that `vidgen train` gives it (objective)
+        vit            the transformer of both encoders, and its cache of keys and values
+        video_encoder  features of a frame from the frames before it; mixer relates them to frame 0
+        image_encoder  features of the tokens of a frame from those that are generated already
+        set_causal     the same with a cache, by the spatial mask of the paper
+        denoiser       the MLP that is run in every diffusion step of a token
+        transformer    the whole network
+        weights        loads official checkpoints
+    sampling/   sampler (frame by frame), frames (set by set), denoising (diffusion steps of a set);
+                schedules and steps, guidance, draws (random numbers), graphs (CUDA graphs)
+    training/   loss, and the objective of `vidgen train`, which makes batches for it
     vae/        pixels to latents and back
     text        prompts to features; files of features
-    pipeline    all of it: prompts, classes, images and clips to frames
+    pipeline    prompts, classes, images and clips to frames
     generate, train   the commands
-    checks/     golden cases, example inputs and weights; not needed to understand the model
+    checks/     golden cases, example steps, small models; not needed to understand the model
 """

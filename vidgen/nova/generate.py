@@ -1,4 +1,7 @@
-"""`vidgen generate nova`: text or a class to an image or video, an image or clip to video."""
+"""`vidgen generate nova`: text or a class to an image or video, an image or clip to video.
+
+`vidgen/commands/generate.py` calls `add_arguments`, `count_frames` and `generate`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from vidgen.common.checkpoint import read_config
 from vidgen.common.media import fit, read_frames
 from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
-from .checks.example import SMALL, example_features, example_pipeline
+from .checks.random_weights import SMALL, random_features, random_pipeline
 from .model.config import NovaConfig
 from .model.embeddings import DEFAULT_FLOW, N_CLASSES
 from .pipeline import FPS, NovaPipeline, shifted
@@ -97,7 +100,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def count_frames(args: argparse.Namespace) -> int:
-    """Frames of the output."""
+    """The number of frames of the output."""
     return 1 + FRAMES_PER_LATENT * (_count_latents(args) - 1)
 
 
@@ -112,7 +115,7 @@ def _count_latents(args: argparse.Namespace) -> int:
 
 
 def count_sets(wanted: int | None, config: NovaConfig) -> int:
-    """Into which a frame is divided. Raises ValueError for more than it has tokens."""
+    """The number of sets of a frame. Raises ValueError for more sets than tokens."""
     if wanted is None:
         return min(N_SETS, config.n_tokens)
     if wanted > config.n_tokens:
@@ -128,7 +131,11 @@ def _transformer_config(args: argparse.Namespace) -> NovaConfig:
 
 
 def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
-    """Numbers are checked before models are read, all of the request before anything is made."""
+    """The video of the request. What can be checked without the models is checked before they load.
+
+    Raises:
+        ValueError: a request that cannot be met.
+    """
     config = _transformer_config(args)
     size = args.height or config.image_size[0], args.width or config.image_size[1]
     stride = config.image_stride * config.video_patch
@@ -143,7 +150,7 @@ def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
         graphs=args.graphs,
     )
     if run.checkpoint is None:
-        pipeline = example_pipeline(size, run.ops, dtype=run.dtype, device=run.device)
+        pipeline = random_pipeline(size, run.ops, dtype=run.dtype, device=run.device)
     else:
         pipeline = NovaPipeline.from_pretrained(
             run.checkpoint,
@@ -186,7 +193,7 @@ def _prompts(
     if run.embeddings is not None:
         return read_features(run.embeddings, config.text_token_dim, config.text_token_len)
     if run.checkpoint is None:
-        return example_features(config)
+        return random_features(config)
     assert run.prompt is not None
     return pipeline.encode_prompts([run.prompt], run.negative_prompt)
 
@@ -194,7 +201,7 @@ def _prompts(
 def _given(
     args: argparse.Namespace, pipeline: NovaPipeline, size: tuple[int, int]
 ) -> Tensor | None:
-    """The beginning of the video, ``[1, 3, F, H, W]`` in [-1, 1]."""
+    """The frames that the video begins with, ``[1, 3, F, H, W]`` in [-1, 1]; None without any."""
     path = args.image or args.video
     if path is None:
         return None

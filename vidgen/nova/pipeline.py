@@ -1,6 +1,6 @@
 """Prompts, classes, images and clips to images and video: text encoder, sampler and VAE together.
 
-Latent frames are decoded while later ones are being made, in tiles of time (`vae.py`).
+Latent frames are decoded as soon as enough of them are sampled for a tile of time (`vae.py`).
 
 Shapes: B samples; F pixel frames, T latent frames; H x W pixels.
 """
@@ -32,10 +32,10 @@ FPS = 12
 
 
 class NovaPipeline:
-    """Everything that a released checkpoint holds, in eval mode.
+    """The networks of a released checkpoint, in eval mode.
 
     Args:
-        text_encoder: None where prompts come as features, and for models of classes.
+        text_encoder: not needed for prompts that are given as features, nor for models of classes.
     """
 
     def __init__(
@@ -59,16 +59,17 @@ class NovaPipeline:
         size: tuple[int, int] | None = None,
         with_text_encoder: bool = True,
     ) -> NovaPipeline:
-        """The folder of a released checkpoint.
+        """Loads the folder of a released checkpoint.
 
         Args:
-            dtype: of the networks; a VAE that overflows in fp16 (`VAE.overflows_in_fp16`) then
-                stays in fp32.
-            size: height and width in pixels, where they are not those of training.
-            with_text_encoder: False where prompts come as features: it is the largest part.
+            dtype: of the networks. With fp16, a VAE that overflows in it (`VAE.overflows_in_fp16`)
+                is kept in fp32.
+            size: height and width of the frames in pixels; default those of training.
+            with_text_encoder: False saves loading the largest part, for prompts that are given as
+                features.
 
         Raises:
-            ValueError: files missing, or not of these models.
+            ValueError: files that are missing or do not fit.
         """
         folder = Path(folder)
         schedule = read_schedule(read_config(folder / "scheduler", "scheduler_config.json"))
@@ -90,13 +91,13 @@ class NovaPipeline:
 
     @property
     def default_steps(self) -> int:
-        """Diffusion steps of a set: DDPM needs more."""
+        """Diffusion steps of a set; DDPM needs more than flow matching."""
         return 25 if isinstance(self.schedule, FlowMatching) else 100
 
     def encode_prompts(
         self, prompts: Sequence[str], negative_prompts: str | Sequence[str] = ""
     ) -> TextFeatures:
-        """Raises ValueError without a text encoder."""
+        """Features of the prompts. Raises ValueError without a text encoder."""
         if self.text_encoder is None:
             raise ValueError("prompt: expected features, for no text encoder was loaded")
         return self.text_encoder.encode_pairs(prompts, negative_prompts)
@@ -106,7 +107,8 @@ class NovaPipeline:
         """Latents ``[B, C, T, h, w]`` of ``[B, 3, F, H, W]`` in [-1, 1]; an image has one frame.
 
         Raises:
-            ValueError: other sizes than the transformer's, counts that the VAE does not take.
+            ValueError: a size other than the transformer's, or a number of frames that is not
+                4 k + 1.
         """
         size = self.transformer.config.image_size
         if tuple(video.shape[-2:]) != size:
@@ -126,13 +128,13 @@ class NovaPipeline:
         generator: torch.Generator | None = None,
         progress: Progress = SILENT,
     ) -> Iterator[Tensor]:
-        """uint8 frames ``[B, F, H, W, 3]`` of a clip, part after part, on the CPU.
+        """Generates B clips; yields their frames ``[B, F, H, W, 3]``, uint8 on the CPU, in parts.
 
         Args:
             prompts: features of B texts, or B classes.
-            config: its schedule is used as it is; by default that of the checkpoint.
-            given: latents ``[B, C, t, h, w]`` of the first frames, as of `encode_video`.
-            flow, fps: how much moves, and frames per second, for models of video.
+            config: default the schedule and the `default_steps` of the checkpoint.
+            given: latents ``[B, C, t, h, w]`` of the first frames, from `encode_video`.
+            flow, fps: amount of motion and frames per second, for models of video.
 
         Raises:
             ValueError: as `sample`.
@@ -153,7 +155,7 @@ class NovaPipeline:
         generator: torch.Generator | None = None,
         progress: Progress = SILENT,
     ) -> Iterator[Tensor]:
-        """The same as latents: ``given``, then ``[B, C, 1, h, w]`` for every new frame."""
+        """As `generate`, but yields latents: ``given``, then ``[B, C, 1, h, w]`` for each frame."""
         model = self.transformer
         if config is None:
             config = SamplingConfig(num_diffusion_steps=self.default_steps, schedule=self.schedule)
@@ -175,10 +177,12 @@ class NovaPipeline:
 
 
 def shifted(schedule: Schedule, shift: float) -> Schedule:
-    """A flow-matching schedule whose shift is set after construction, as the pipeline's option.
+    """The schedule with another shift, set as the option of the released pipeline sets it.
+
+    That is after construction, see `FlowMatching.sigmas`.
 
     Raises:
-        ValueError: a DDPM schedule, which has none.
+        ValueError: a DDPM schedule, which has no shift.
     """
     if not isinstance(schedule, FlowMatching):
         raise ValueError(f"flow_shift: expected none for a DDPM schedule, got {shift}")

@@ -1,9 +1,9 @@
-"""Text for NOVA: features of a language model, one row to a token.
+"""Text for NOVA: features of a language model, one vector per token of the prompt.
 
-The encoder is Phi-2: the last hidden state after its final norm, of at most 256 tokens. It is
-causal, so each prompt is encoded by itself, without padding. Where a prompt ends, the transformer
-goes on with rows of its own learned table (`text_embed`); an empty prompt is that table alone and
-has no features.
+The features are the last hidden state of Phi-2 after its final norm, for at most 256 tokens. Each
+prompt is encoded by itself, without padding. The transformer fills the features up to 256 rows from
+its own learned table (`model.embeddings.TextEmbed`); an empty prompt has no features, only that
+table.
 
 Shapes: n tokens of a prompt, D width of the language model (2560).
 """
@@ -26,7 +26,7 @@ KEYS = {"prompt": "prompt_embeds", "negative": "negative_prompt_embeds"}
 
 
 class TextFeatures(NamedTuple):
-    """What guides each sample of a batch, and what it is guided away from."""
+    """Features of the prompts of a batch and of their negative prompts."""
 
     prompt: list[Tensor]  # [n, D] each
     negative: list[Tensor]  # [n, D] each, as many as prompts
@@ -36,9 +36,9 @@ class TextEncoder:
     """Prompts to features.
 
     Args:
-        tokenizer: of transformers, CodeGen's for the released models.
-        model: a ``PhiModel`` or another causal one with ``last_hidden_state``.
-        max_length: tokens of a prompt that are kept.
+        tokenizer: from transformers; the released models use CodeGen's.
+        model: a ``PhiModel`` or another causal model with ``last_hidden_state``.
+        max_length: longer prompts are cut after this many tokens.
     """
 
     def __init__(self, tokenizer: Any, model: nn.Module, max_length: int = MAX_LENGTH) -> None:
@@ -54,10 +54,10 @@ class TextEncoder:
     def encode_pairs(
         self, prompts: Sequence[str], negative_prompts: str | Sequence[str] = ""
     ) -> TextFeatures:
-        """Features for guidance; one negative prompt is that of all prompts.
+        """Features for guidance; a single negative prompt is used for all prompts.
 
         Raises:
-            ValueError: another number of negative prompts than of prompts.
+            ValueError: several negative prompts, but not as many as prompts.
         """
         if isinstance(negative_prompts, str):
             negative_prompts = [negative_prompts]
@@ -79,10 +79,10 @@ def load_text_encoder(
     """The encoder in the folders ``tokenizer`` and ``text_encoder`` of a released model.
 
     Args:
-        dtype: of the weights, that of the files by default.
+        dtype: of the weights; default that of the files.
 
     Raises:
-        ValueError: files that are not there; as `load_exactly`.
+        ValueError: missing files; the errors of `load_exactly`.
     """
     from transformers import CodeGenTokenizer
 
@@ -110,7 +110,7 @@ def load_phi(
         model = PhiModel(PhiConfig.from_dict(dict(config)))
     state = {key: x.to(dtype) for key, x in state.items()} if dtype is not None else state
     load_exactly(model, state, prefix="model.", skip=("lm_head.",))
-    # Not in checkpoints, and kept in fp32 whatever the dtype.
+    # its table is not in checkpoints, and is fp32 in every dtype
     model.rotary_emb = type(model.rotary_emb)(model.config)
     return model.eval()
 
@@ -118,12 +118,13 @@ def load_phi(
 def read_features(
     tensors: Mapping[str, Tensor], width: int, max_length: int = MAX_LENGTH
 ) -> TextFeatures:
-    """Features computed before, as `write_features` stores them.
+    """Features from a file of `write_features`.
 
     Args:
         tensors: ``prompt_embeds.{i}`` ``[n, D]`` for the samples i = 0, 1, ...;
-            ``negative_prompt_embeds.{i}``: none (the empty prompt), one for all, or as many.
-        width: D of the transformer, `text_token_dim`.
+            ``negative_prompt_embeds.{i}``: none (the empty prompt), one for all samples, or one
+            for each.
+        width: `text_token_dim` of the transformer.
         max_length: `text_token_len` of the transformer.
 
     Raises:
@@ -142,11 +143,11 @@ def read_features(
 
 
 def write_features(path: str | Path, features: TextFeatures) -> None:
-    """A safetensors file for `read_features`. Raises ValueError where ``path`` exists."""
+    """Writes a safetensors file for `read_features`. Raises ValueError if ``path`` exists."""
     write_state_dict(
         path,
         {
-            f"{KEYS[name]}.{i}": x.clone()  # one tensor may be that of all samples
+            f"{KEYS[name]}.{i}": x.clone()  # samples may share a tensor; safetensors refuses that
             for name, rows in features._asdict().items()
             for i, x in enumerate(rows)
         },

@@ -1,4 +1,7 @@
-"""`vidgen train nova`: on latents and the features of a language model, see `objective`."""
+"""`vidgen train nova`: training on latents and text features; `training/objective.py` has the loss.
+
+`vidgen/commands/train.py` calls `add_arguments` and `load`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from vidgen.common.checkpoint import read_config, read_folder
 from vidgen.common.options import TrainRun
 from vidgen.common.trainer import Recipe
 
-from .checks.example import SMALL, example_model
+from .checks.random_weights import SMALL, fresh_model
 from .generate import N_SETS, count_sets
 from .model.config import SPATIAL_ATTENTION, NovaConfig
 from .model.weights import load_transformer
@@ -42,11 +45,14 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def load(args: argparse.Namespace, run: TrainRun) -> NovaObjective:
-    """What the released models were not trained in stays as it is. Errors: `load_transformer`."""
+    """The model with its loss; weights that the released training kept fixed are frozen.
+
+    Errors: `load_transformer`.
+    """
     chosen = {} if args.spatial_attention is None else {"spatial_attention": args.spatial_attention}
     if run.checkpoint is None:
         raw, schedule = {**asdict(SMALL), **chosen}, FlowMatching()
-        model = example_model(NovaConfig.from_dict(raw), run.ops, seed=run.seed)
+        model = fresh_model(NovaConfig.from_dict(raw), run.ops, seed=run.seed)
         model.requires_grad_(True)
     else:
         folder = run.checkpoint / "scheduler"

@@ -1,8 +1,8 @@
 """`vidgen convert`: weights of CogVideoX and RepVideo between SAT's layout and that of diffusers.
 
-RepVideo's gates have no place in diffusers: they are the key ``learnable_gating`` of the file, and
-``gates`` in its config.json, both of which our models read and diffusers leaves out with a warning.
-SAT's table of positions is not written: the released code computes it.
+diffusers knows no gates. They are written as the key ``learnable_gating`` of the weights and the
+option ``gates`` of config.json: our models read both, diffusers ignores them with a warning. SAT's
+table of positions is not written, since the released code computes it.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def convert(source: Path, output: Path, *, config: Path | None = None) -> None:
     """Writes ``source`` to the new folder ``output`` in the other layout.
 
     Raises:
-        ValueError: ``output`` exists, or a source that is not a whole checkpoint.
+        ValueError: ``output`` exists, or the source is not a complete checkpoint.
     """
     check_new(output, "folder")
     options = {} if config is None else read_config(config.parent, config.name)
     found, state = read_pretrained(source, **options)
-    model = load_transformer(found, state)  # which says what is missing or left over
+    model = load_transformer(found, state)  # raises for missing and unknown keys
     unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
         write = write_diffusers if is_sat_folder(source) else write_sat
@@ -78,14 +78,14 @@ def convert(source: Path, output: Path, *, config: Path | None = None) -> None:
 
 
 def write_diffusers(folder: Path, model: CogVideoXTransformer) -> None:
-    """config.json and the weights in a new folder."""
+    """Writes config.json and the weights to a new folder."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
     write_state_dict(folder / WEIGHTS, model.state_dict())
 
 
 def write_sat(folder: Path, model: CogVideoXTransformer) -> None:
-    """A file of weights in a new folder, and the text file that says where it is."""
+    """Writes the weights to a new folder, and the text file ``latest`` that names their folder."""
     (folder / ITERATION).mkdir(parents=True)
     state = {SAT_PREFIX + key: x.contiguous() for key, x in to_sat(model.state_dict()).items()}
     torch.save({"module": state}, folder / ITERATION / SAT_FILE)

@@ -1,4 +1,8 @@
-"""`vidgen generate repvideo`: text to video by RepVideo or CogVideoX."""
+"""`vidgen generate repvideo`: text to video by RepVideo or CogVideoX.
+
+`vidgen/commands/generate.py` calls `add_arguments`, `count_frames` and `generate`. `vidgen analyze`
+uses the parts that make latents.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from vidgen.common.checkpoint import read_config
 from vidgen.common.media import to_uint8
 from vidgen.common.options import GenerateRun, Video, add_size_arguments
 
+from .checks.random_weights import SMALL, SMALL_SIZE, fresh_model, fresh_vae, random_prompts
 from .model.config import CogVideoXConfig
 from .model.transformer import CogVideoXTransformer
 from .model.weights import is_sat_folder, load_pretrained
@@ -26,25 +31,9 @@ from .vae.vae import load_pretrained_vae
 SUMMARY = "RepVideo or CogVideoX: text to video"
 FPS = 8.0
 
-# What --random-weights makes, and its video.
-RANDOM = CogVideoXConfig(
-    num_attention_heads=2,
-    attention_head_dim=16,
-    time_embed_dim=16,
-    text_embed_dim=16,
-    num_layers=8,
-    sample_width=8,
-    sample_height=6,
-    sample_frames=9,
-    max_text_seq_length=8,
-    gates=True,
-)
-RANDOM_SIZE = VideoSize(48, 64, 9)
-RANDOM_VAE = {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "layers_per_block": 1}
-
-# Beside a SAT folder, as the released checkpoints lie.
+# Paths beside a SAT folder, as in the released checkpoints.
 SAT_VAE, SAT_TEXT_ENCODER = "vae/3d-vae.pt", "t5-v1_1-xxl"
-LARGE_SCALING = 0.7  # of the latents of the models with rotary positions
+LARGE_SCALING = 0.7  # scaling factor of the VAE of the models with rotary positions
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -69,20 +58,20 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
-    """What it takes to make latents."""
+    """The options for generating latents."""
     add = group.add_argument
     size = VideoSize()
     add_size_arguments(
         group,
         16,
-        height=f"{size.height}; with random weights {RANDOM_SIZE.height}",
-        width=f"{size.width}; with random weights {RANDOM_SIZE.width}",
+        height=f"{size.height}; with random weights {SMALL_SIZE.height}",
+        width=f"{size.width}; with random weights {SMALL_SIZE.width}",
     )
     add(
         "--frames",
         type=whole(),
         metavar="N",
-        help=f"1 + 4 k (default: {size.n_frames}; with random weights {RANDOM_SIZE.n_frames})",
+        help=f"1 + 4 k (default: {size.n_frames}; with random weights {SMALL_SIZE.n_frames})",
     )
     add(
         "--steps",
@@ -130,7 +119,7 @@ def count_frames(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
-    """A video of one prompt; models are loaded in turn, each when it is needed."""
+    """The video of one prompt; models are loaded one after another, each when it is needed."""
     transformer, prompts = load_models(args, run)
     sampling = read_sampling(args, transformer.config)
     vae = find_vae(args, run, transformer.config)
@@ -142,14 +131,14 @@ def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
 
 
 def read_size(args: argparse.Namespace) -> VideoSize:
-    default = RANDOM_SIZE if args.checkpoint is None else VideoSize()
+    default = SMALL_SIZE if args.checkpoint is None else VideoSize()
     given = args.height, args.width, args.frames
     known = default.height, default.width, default.n_frames
     return VideoSize(*(b if a is None else a for a, b in zip(given, known, strict=True)))
 
 
 def read_sampling(args: argparse.Namespace, config: CogVideoXConfig) -> Sampling:
-    """Steps and guidance. Raises ValueError for numbers out of range."""
+    """The steps and guidance of the request. Raises ValueError for numbers out of range."""
     guidance = _read_guidance(args)
     if not _is_diffusers(args):
         shift = 1.0 if config.use_rotary_positional_embeddings else 3.0
@@ -168,19 +157,16 @@ def _read_guidance(args: argparse.Namespace) -> Guidance:
 
 
 def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTransformer, Prompts]:
-    """The transformer, and the features of the prompts for it.
+    """The transformer, and the features of the prompts.
 
-    Sizes are checked before anything large is read, and T5 is gone before the transformer comes.
+    Sizes are checked before anything large is read, and T5 is freed before the transformer loads.
     """
     size, prompts = read_size(args), None
     if run.checkpoint is None:
-        size.latent_shape(RANDOM)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.generator.initial_seed())
-            transformer = CogVideoXTransformer(RANDOM, run.ops)
+        size.latent_shape(SMALL)
+        transformer = fresh_model(run.ops, run.generator.initial_seed())
         if run.embeddings is None:
-            shape = 1, RANDOM.max_text_seq_length, RANDOM.text_embed_dim
-            prompts = Prompts(torch.randn(shape, generator=run.generator), None)
+            prompts = random_prompts(run.generator)
     else:
         if not run.checkpoint.is_dir():
             raise ValueError(f"checkpoint: expected a folder, {run.checkpoint} is none")
@@ -197,7 +183,7 @@ def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTr
 
 
 def _config_in(folder: Path) -> CogVideoXConfig:
-    """Of a pipeline or a transformer; a SAT folder has none: that of RepVideo."""
+    """The config of a pipeline or transformer; RepVideo's for a SAT folder, which has none."""
     if is_sat_folder(folder):
         return CogVideoXConfig()
     path = folder / "transformer"
@@ -221,7 +207,7 @@ def _encode(args: argparse.Namespace, run: GenerateRun) -> Prompts:
 
 
 def _uncond(args: argparse.Namespace, text: Tensor, uncond: Tensor | None) -> Tensor | None:
-    """What guidance leads away from, given the features of a file or of the negative prompt."""
+    """The unconditional features for guidance; ``uncond`` are those of the request, if any."""
     if _read_guidance(args).is_none:
         return None
     if args.unconditional == "zeros" or (uncond is None and _is_zeros(args)):
@@ -251,18 +237,14 @@ def _is_pipeline(args: argparse.Namespace) -> bool:
 
 
 def find_vae(args: argparse.Namespace, run: GenerateRun, config: CogVideoXConfig) -> Any:
-    """The VAE for a transformer; a file of SAT does not tell the scale of its latents."""
+    """The VAE for a transformer, whose config tells the scaling factor that SAT's file lacks."""
     if run.checkpoint is None:
-        from diffusers import AutoencoderKLCogVideoX
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.generator.initial_seed())
-            vae: Any = AutoencoderKLCogVideoX(**RANDOM_VAE)
+        vae = fresh_vae(run.generator.initial_seed())
     else:
         path = args.vae or run.checkpoint / "vae"
         if args.vae is None and is_sat_folder(run.checkpoint):
             path = run.checkpoint.resolve().parent / SAT_VAE
         is_large = config.use_rotary_positional_embeddings and not path.is_dir()
         vae = load_pretrained_vae(path, **({"scaling_factor": LARGE_SCALING} if is_large else {}))
-    # not vae.to, which warns of modules to be kept in fp32 although it names none
+    # vae.to would warn about modules to keep in fp32, of which there are none
     return nn.Module.to(vae.eval().requires_grad_(False), run.device, run.dtype)

@@ -1,4 +1,4 @@
-"""Text features to pixels: noise of the right shape, sampling, and the VAE."""
+"""Text features to pixels: draws the noise, runs the sampling loop, decodes the latents."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class VideoSize:
     n_frames: int = 49
 
     def latent_shape(self, config: CogVideoXConfig) -> tuple[int, int, int, int]:
-        """``[T, C, h, w]``, with frames added to complete the patches of 1.5.
+        """``[T, C, h, w]``; for CogVideoX 1.5, T is rounded up to a multiple of its patch.
 
         Raises:
-            ValueError: a size that is not of whole patches, a number of frames that the VAE has
-                not, a model that needs more than text.
+            ValueError: a size that is not a multiple of the patch, a number of frames other than
+                4 k + 1, or a model that needs more input than text.
         """
         if config.in_channels != config.out_channels or config.ofs_embed_dim is not None:
             raise ValueError(
@@ -49,7 +49,7 @@ class VideoSize:
         return n_latent, config.in_channels, *sides
 
     def latent_frames(self, config: CogVideoXConfig) -> int:
-        """Those that are decoded."""
+        """The number of latent frames that are decoded."""
         ratio = config.temporal_compression_ratio
         if self.n_frames < 1 or (self.n_frames - 1) % ratio:
             raise ValueError(f"frames: expected 1 + a multiple of {ratio}, got {self.n_frames}")
@@ -58,16 +58,16 @@ class VideoSize:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How noise becomes latents."""
+    """Steps and guidance of a sampling run."""
 
-    steps: Sequence[Step]  # of `sat_schedule` or `diffusers_schedule`
+    steps: Sequence[Step]  # from `sat_schedule` or `diffusers_schedule`
     guidance: Guidance = field(default_factory=Guidance)
-    # None: that of the text, to which diffusers rounds after every step
+    # None: the dtype of the text, as in diffusers, which rounds to it after every step
     latent_dtype: torch.dtype | None = torch.float32
 
 
 class RepVideoPipeline:
-    """RepVideo, or CogVideoX without its gates, with a VAE of diffusers."""
+    """RepVideo or CogVideoX, with a VAE of diffusers."""
 
     def __init__(self, transformer: CogVideoXTransformer, vae: Any) -> None:
         for name, got, expected in (
@@ -93,7 +93,7 @@ class RepVideoPipeline:
             generator: of the noise, on any device.
         """
         latents = make_latents(self.transformer, prompts, size, sampling, generator, progress)
-        # 1.5 completes its patches with frames in front
+        # frames that were added to complete a patch are in front
         latents = latents[:, -size.latent_frames(self.transformer.config) :]
         return decode(self.vae, latents.to(self.vae.dtype))
 
@@ -106,7 +106,7 @@ def make_latents(
     generator: torch.Generator | None = None,
     progress: Progress = SILENT,
 ) -> Tensor:
-    """``[B, T, C, h, w]``; without features to lead away from there is no guidance."""
+    """Latents ``[B, T, C, h, w]``; without unconditional features there is no guidance."""
     text, uncond = prompts
     shape = len(text), *size.latent_shape(transformer.config)
     return sample(

@@ -1,11 +1,11 @@
 """Text for CogVideoX and RepVideo: T5 features of 226 tokens, padding included.
 
-Padding is neither masked in T5 nor in the transformer. Guidance leads away from the features of a
-negative prompt, by default the empty one, in diffusers; in the code that RepVideo is released with
-from zeros, which training puts in the place of a tenth of the prompts.
+Padding is masked neither in T5 nor in the transformer. The unconditional features of guidance are,
+in diffusers, those of a negative prompt, by default the empty one; in the released code of RepVideo
+they are zeros, which replace a tenth of the prompts in training.
 
-A file of features is safetensors with ``prompt_embeds`` and perhaps ``negative_prompt_embeds``,
-``[B, S, W]`` each, or ``[S, W]`` of one prompt.
+A file of features is safetensors with ``prompt_embeds`` and optionally ``negative_prompt_embeds``,
+``[B, S, W]`` each, or ``[S, W]`` for one prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEYS = "prompt_embeds", "negative_prompt_embeds"
 
 
 class Prompts(NamedTuple):
-    """Features ``[B, S, W]`` of the prompts and of what guidance leads away from."""
+    """Features ``[B, S, W]`` of the prompts, and the unconditional ones for guidance."""
 
     text: Tensor
     uncond: Tensor | None
@@ -34,8 +34,8 @@ class TextEncoder:
     """Prompts to features.
 
     Args:
-        tokenizer, model: of transformers, `T5EncoderModel`.
-        length: tokens of a prompt; longer ones are cut.
+        tokenizer, model: from transformers; the model is a `T5EncoderModel`.
+        length: of the features in tokens; prompts are padded or cut to it.
     """
 
     def __init__(self, tokenizer: Any, model: nn.Module, length: int = 226) -> None:
@@ -43,7 +43,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """``[B, length, W]`` in the dtype of the model, where it is."""
+        """Features ``[B, length, W]``, in the dtype and on the device of the model."""
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -57,23 +57,26 @@ class TextEncoder:
 def load_text_encoder(
     folder: str | Path, tokenizer: str | Path | None = None, *, dtype: torch.dtype, length: int
 ) -> TextEncoder:
-    """T5 in a folder of transformers, safetensors only; ``tokenizer``: its folder, if another one.
+    """Loads T5 from a folder of transformers, safetensors only.
+
+    Args:
+        tokenizer: the folder of the tokenizer; default ``folder``.
 
     Raises:
-        ValueError: a folder or weights missing.
+        ValueError: a missing folder or missing weights.
     """
     import transformers
 
-    kinds: Any = transformers  # which declares its tokenizers at run time
+    kinds: Any = transformers  # it declares its tokenizers at run time, unseen by type checkers
     model = read_model(kinds.T5EncoderModel, folder, dtype)
     return TextEncoder(read_tokenizer(kinds.T5TokenizerFast, tokenizer or folder), model, length)
 
 
 def read_features(tensors: Mapping[str, Tensor], width: int) -> Prompts:
-    """The features in a file, for a transformer that reads ``width`` of each token.
+    """Features from the tensors of a file, for a transformer with features of ``width``.
 
     Raises:
-        ValueError: tensors missing or left over, or of another shape.
+        ValueError: missing or unknown tensors, or other shapes.
     """
     if tensors.keys() not in ({KEYS[0]}, set(KEYS)):
         raise ValueError(
@@ -96,6 +99,6 @@ def read_features(tensors: Mapping[str, Tensor], width: int) -> Prompts:
 
 
 def write_features(path: str | Path, prompts: Prompts) -> None:
-    """A new file of features. Raises ValueError where ``path`` exists."""
+    """Writes a file for `read_features`. Raises ValueError if ``path`` exists."""
     named = zip(KEYS, prompts, strict=True)
     write_state_dict(path, {key: x for key, x in named if x is not None})

@@ -1,23 +1,23 @@
-"""`vidgen train repvideo`: RepVideo or CogVideoX on latents and T5 features, see `objective`."""
+"""`vidgen train repvideo`: RepVideo or CogVideoX on latents and T5 features.
+
+`vidgen/commands/train.py` calls `add_arguments` and `load`; `training/objective.py` has the loss.
+"""
 
 from __future__ import annotations
 
 import argparse
 
-import torch
-
 from vidgen.common.options import TrainRun
 from vidgen.common.trainer import Recipe
 
-from .generate import RANDOM
-from .model.transformer import CogVideoXTransformer
+from .checks.random_weights import fresh_model
 from .model.weights import load_pretrained
 from .training.objective import RepVideoObjective
 
 SUMMARY = "RepVideo or CogVideoX, text to video"
 
-# The learning rate is RepVideo's (arXiv 2501.08994), which names AdamW and a sample to a GPU; the
-# rest is what the released code of CogVideoX is fine-tuned with.
+# AdamW, the learning rate and one sample per GPU are RepVideo's (arXiv 2501.08994); the rest are
+# the fine-tuning settings of CogVideoX's released code.
 RECIPE = Recipe(learning_rate=1e-5, batch_size=1, weight_decay=1e-4, max_norm=0.1)
 
 
@@ -34,11 +34,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def load(args: argparse.Namespace, run: TrainRun) -> RepVideoObjective:
-    """Errors: `load_pretrained`, `RepVideoObjective`."""
+    """The model with its loss. Errors: `load_pretrained`, `RepVideoObjective`."""
     if run.checkpoint is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
-            model = CogVideoXTransformer(RANDOM, run.ops)
+        model = fresh_model(run.ops, run.seed)
     else:
         model = load_pretrained(run.checkpoint, run.ops, **({"gates": True} if args.gates else {}))
     model.gradient_checkpointing = run.gradient_checkpointing

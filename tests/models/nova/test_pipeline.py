@@ -13,7 +13,7 @@ from vidgen.cli import main
 from vidgen.commands import generate as command
 from vidgen.common.checkpoint import write_state_dict
 from vidgen.common.media import fit, read_frames
-from vidgen.nova.checks import example
+from vidgen.nova.checks import random_weights
 from vidgen.nova.pipeline import NovaPipeline
 from vidgen.nova.sampling.sampler import SamplingConfig
 from vidgen.nova.sampling.schedules import DDPM
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.portable_only  # the sampler and its kernels have tests
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A folder in the layout of the released ones, and features beside it."""
-    pipeline = example.example_pipeline()
+    pipeline = random_weights.random_pipeline()
     config = {
         "image_size": [64, 96],
         "text_token_dim": 16,
@@ -42,7 +42,7 @@ def checkpoint(tmp_path: Path) -> Path:
     }
     folders = {
         "transformer": (pipeline.transformer, "config.json", config),
-        "vae": (pipeline.vae, "config.json", example.SMALL_VAE),
+        "vae": (pipeline.vae, "config.json", random_weights.SMALL_VAE),
         "scheduler": (
             None,
             "scheduler_config.json",
@@ -55,7 +55,7 @@ def checkpoint(tmp_path: Path) -> Path:
         if model is not None:
             path = tmp_path / name / "diffusion_pytorch_model.safetensors"
             write_state_dict(path, model.state_dict())
-    write_features(tmp_path / "text.safetensors", example.example_features())
+    write_features(tmp_path / "text.safetensors", random_weights.random_features())
     return tmp_path
 
 
@@ -106,14 +106,14 @@ def test_command_says_what_is_wrong(run_command, capsys, arguments, message):
 
 def test_checkpoints_make_what_their_models_do(checkpoint):
     read = NovaPipeline.from_pretrained(checkpoint, dtype=torch.float32, with_text_encoder=False)
-    made = example.example_pipeline(ops=FUSED)
+    made = random_weights.random_pipeline(ops=FUSED)
     made.schedule = DDPM(clip_sample=False)
     assert read.schedule == made.schedule and read.default_steps == 100
     run = SamplingConfig(3, 2, 2, schedule=made.schedule)
     frames = []
     for pipeline in (read, made):
         generator = torch.Generator().manual_seed(1)
-        parts = pipeline.generate(example.example_features(), run, generator=generator)
+        parts = pipeline.generate(random_weights.random_features(), run, generator=generator)
         frames.append(torch.cat([*parts], dim=1))
     assert frames[0].shape == (1, 5, 64, 96, 3)
     # weights that lie elsewhere in memory may round otherwise
@@ -146,7 +146,7 @@ def test_a_vae_that_overflows_in_fp16_stays_wide(checkpoint, upcast):
     given = pipeline.encode_video(torch.rand(1, 3, 1, 64, 96))
     assert given.dtype == pipeline.transformer.mask_embed.bos_token.dtype == half
     run = SamplingConfig(2, 1, 2, schedule=DDPM(beta_schedule="squaredcos_cap_v2"))
-    parts = pipeline.generate(example.example_features(), run, given=given)
+    parts = pipeline.generate(random_weights.random_features(), run, given=given)
     assert torch.cat([*parts], dim=1).shape == (1, 2, 64, 96, 3)
     wide = NovaPipeline.from_pretrained(checkpoint, dtype=torch.bfloat16, with_text_encoder=False)
     assert wide.vae.dtype == torch.bfloat16

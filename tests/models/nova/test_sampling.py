@@ -15,8 +15,7 @@ from vidgen.nova.checks import golden_sampling
 from vidgen.nova.model import set_causal
 from vidgen.nova.model.config import Arch, Decoder, Encoder, NovaConfig
 from vidgen.nova.model.transformer import NovaTransformer
-from vidgen.nova.sampling import graphs
-from vidgen.nova.sampling import sampler as sampling
+from vidgen.nova.sampling import graphs, sampler
 from vidgen.nova.sampling.draws import RandomDraws
 from vidgen.nova.sampling.frames import CausalFrames, Frames, ReleasedFrames, SortedFrames
 from vidgen.nova.sampling.graphs import BucketedFrames
@@ -157,7 +156,7 @@ def test_shapes_of_graphs_change_nothing(config, name, monkeypatch):
     expected = latents(model, ROUNDS[name])
     monkeypatch.setattr(graphs, "VISIBLE", 5)
     monkeypatch.setattr(graphs, "ROWS", 4)
-    monkeypatch.setattr(sampling, "SortedFrames", Bucketed)
+    monkeypatch.setattr(sampler, "SortedFrames", Bucketed)
     assert_same(latents(model, ROUNDS[name]), expected)
 
 

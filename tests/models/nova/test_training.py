@@ -14,6 +14,7 @@ from vidgen.nova.model.transformer import NovaTransformer
 from vidgen.nova.sampling.schedules import DDPM, FlowMatching, Schedule, set_sizes
 from vidgen.nova.training.loss import (
     TrainingDraws,
+    add_noise,
     diffusion_losses,
     draw,
     drop_labels,
@@ -21,7 +22,6 @@ from vidgen.nova.training.loss import (
     frame_conditions,
     freeze,
     is_visible,
-    noising,
     spatial_features,
     training_step,
 )
@@ -183,15 +183,15 @@ def test_noising_runs_from_data_to_noise() -> None:
     tokens, noise = torch.ones(1, 2, 12), torch.zeros(1, 2, 12)
     flow, n = FlowMatching(), 1000
     draws = TrainingDraws(torch.arange(2)[None], 0, noise, torch.tensor([[0, n - 1]]))
-    noised, timestep, target = noising(tokens, draws, flow)
+    noised, timestep, target = add_noise(tokens, draws, flow)
     assert timestep.tolist() == [[1000.0, 1.0]]
     torch.testing.assert_close(noised[0, :, 0], torch.tensor([0.0, 0.999]))
     torch.testing.assert_close(target, noise - tokens)
-    noised, timestep, target = noising(tokens, draws, DDPM())
+    noised, timestep, target = add_noise(tokens, draws, DDPM())
     assert timestep.tolist() == [[0.0, 999.0]] and target is noise
     torch.testing.assert_close(noised[0, :, 0], DDPM().alphas_cumprod[[0, 999]].sqrt())
     with pytest.raises(ValueError, match="prediction_type: expected 'epsilon'"):
-        noising(tokens, draws, DDPM(prediction_type="sample"))
+        add_noise(tokens, draws, DDPM(prediction_type="sample"))
 
 
 @pytest.mark.portable_only

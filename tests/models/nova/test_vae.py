@@ -16,7 +16,7 @@ from tests.paths import GOLDEN
 from vidgen.commands import verify
 from vidgen.common.media import to_uint8
 from vidgen.nova.checks.golden_vae import complete_latents
-from vidgen.nova.vae import layers as vae_layers
+from vidgen.nova.vae import layers
 from vidgen.nova.vae.config import FIXED, VAEConfig
 from vidgen.nova.vae.layers import CausalConv3d, FrameConv, Upsample
 from vidgen.nova.vae.vae import VAE, ImageVAE, VideoVAE, load_pretrained_vae, load_vae, time_tiles
@@ -266,7 +266,7 @@ def test_less_memory_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         return memory.peak
 
     ours = peak()
-    monkeypatch.setattr(vae_layers, "NORM_PARTS", 1)
+    monkeypatch.setattr(layers, "NORM_PARTS", 1)
     assert ours < 0.9 * peak()
 
 

@@ -12,12 +12,12 @@ from vidgen import cli
 from vidgen.ops import EAGER, FUSED, Ops
 from vidgen.repvideo.analysis.analyze import shares
 from vidgen.repvideo.analysis.observe import adjacent_similarity, attention_mass, observed
-from vidgen.repvideo.generate import RANDOM
-from vidgen.repvideo.model.layers import Sequence, Stream
+from vidgen.repvideo.checks.random_weights import SMALL
+from vidgen.repvideo.model.layers import Pass, Stream
 from vidgen.repvideo.model.transformer import CogVideoXTransformer
 
 BOTH = pytest.mark.parametrize("ops", [EAGER, FUSED], ids=["eager", "fused"])
-N_LAYERS = RANDOM.num_layers
+N_LAYERS = SMALL.num_layers
 
 
 @BOTH
@@ -60,7 +60,7 @@ def call(model: CogVideoXTransformer) -> Tensor:
 @BOTH
 def test_a_model_is_watched_without_being_changed(ops: Ops) -> None:
     """And the last sample is observed, as a map of all its tokens shows it."""
-    model = CogVideoXTransformer(RANDOM, ops)
+    model = CogVideoXTransformer(SMALL, ops)
     alone = call(model)
     with observed(model) as found:
         assert torch.equal(call(model), alone)
@@ -73,13 +73,13 @@ def test_a_model_is_watched_without_being_changed(ops: Ops) -> None:
     outputs: list[Tensor] = []
 
     def attend(module, args) -> None:
-        a, sequence, ops = args
-        q, k, _ = module.heads(a, sequence, ops)
+        a, shared, ops = args
+        q, k, _ = module.heads(a, shared, ops)
         maps.append((q[-1] @ k[-1].mT / 4).softmax(dim=-1).mean(dim=0))
 
     def finish(module, args, output: Stream) -> None:
-        sequence: Sequence = args[2]
-        outputs.append(output.total(sequence.text_length)[-1:, sequence.text_length :])
+        shared: Pass = args[1]
+        outputs.append(output.total(shared.text_length)[-1:, shared.text_length :])
 
     blocks: Any = model.transformer_blocks
     hooks = [block.attn1.register_forward_pre_hook(attend) for block in blocks]

@@ -16,8 +16,8 @@ from vidgen.common.options import GenerateRun
 from vidgen.common.progress import SILENT
 from vidgen.ops import FUSED
 from vidgen.repvideo import generate as command
+from vidgen.repvideo.checks.random_weights import SMALL, SMALL_VAE
 from vidgen.repvideo.convert import write_sat
-from vidgen.repvideo.generate import RANDOM, RANDOM_VAE
 from vidgen.repvideo.model.config import CogVideoXConfig
 from vidgen.repvideo.model.transformer import CogVideoXTransformer
 from vidgen.repvideo.pipeline import RepVideoPipeline, Sampling, VideoSize
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.portable_only
 def tiny_vae() -> Any:
     from diffusers import AutoencoderKLCogVideoX
 
-    vae: Any = AutoencoderKLCogVideoX(**RANDOM_VAE, sample_height=48, sample_width=64)
+    vae: Any = AutoencoderKLCogVideoX(**SMALL_VAE, sample_height=48, sample_width=64)
     return vae.eval().requires_grad_(False)
 
 
@@ -66,7 +66,7 @@ def test_a_vae_of_sat(tmp_path: Path) -> None:
         assert from_sat(given).keys() == state.keys()
     assert {"decoder.up.3.upsample.conv.weight", "encoder.mid.block_2.norm1.weight"} <= {*named}
     torch.save({"state_dict": named}, tmp_path / "3d-vae.pt")
-    loaded = load_pretrained_vae(tmp_path / "3d-vae.pt", **RANDOM_VAE)
+    loaded = load_pretrained_vae(tmp_path / "3d-vae.pt", **SMALL_VAE)
     for key, x in loaded.state_dict().items():
         assert torch.equal(x, state[key])
     assert loaded.config.scaling_factor == 1.15258426
@@ -74,7 +74,7 @@ def test_a_vae_of_sat(tmp_path: Path) -> None:
         load_pretrained_vae(tmp_path / "none.pt")
     with pytest.raises(ValueError, match=r"checkpoint: expected the .* keys"):
         torch.save(dict(list(named.items())[:-1]), tmp_path / "part.pt")
-        load_pretrained_vae(tmp_path / "part.pt", **RANDOM_VAE)
+        load_pretrained_vae(tmp_path / "part.pt", **SMALL_VAE)
 
 
 def test_latents_have_unit_scale_and_frames_first(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_latents_have_unit_scale_and_frames_first(tmp_path: Path) -> None:
     torch.testing.assert_close(decode(loaded, latents), vae.decode(mode).sample)
 
 
-CONFIG_1_5 = CogVideoXConfig(**{**asdict(RANDOM), "patch_size_t": 2})
+CONFIG_1_5 = CogVideoXConfig(**{**asdict(SMALL), "patch_size_t": 2})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_models_that_do_not_fit() -> None:
     image_to_video = CogVideoXConfig(in_channels=32)
     with pytest.raises(ValueError, match="transformer: expected 16 channels and no ofs_embed_dim"):
         VideoSize().latent_shape(image_to_video)
-    other = CogVideoXConfig(**{**asdict(RANDOM), "in_channels": 4, "out_channels": 4})
+    other = CogVideoXConfig(**{**asdict(SMALL), "in_channels": 4, "out_channels": 4})
     with pytest.raises(ValueError, match="vae: expected 4 channels, got 16"):
         RepVideoPipeline(CogVideoXTransformer(other), tiny_vae())
 
@@ -235,7 +235,7 @@ def test_a_pipeline_of_diffusers_gives_its_video(tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "tokenizer": t5_tokenizer(),
         "text_encoder": t5(),
-        "vae": AutoencoderKLCogVideoX(**RANDOM_VAE),
+        "vae": AutoencoderKLCogVideoX(**SMALL_VAE),
         "transformer": transformer,
         "scheduler": CogVideoXDPMScheduler(
             prediction_type="v_prediction",
@@ -272,7 +272,7 @@ def sat_checkpoint(tmp_path: Path) -> Path:
     """A folder as RepVideo is released, with T5 beside it; its VAE is of another size."""
     from tests.models.text_encoders import t5, t5_tokenizer
 
-    config = CogVideoXConfig(**{**asdict(RANDOM), "num_layers": 3, "text_embed_dim": 10})
+    config = CogVideoXConfig(**{**asdict(SMALL), "num_layers": 3, "text_embed_dim": 10})
     write_sat(tmp_path / "RepVideo", CogVideoXTransformer(config))
     t5().save_pretrained(tmp_path / "t5-v1_1-xxl")
     t5_tokenizer().save_pretrained(tmp_path / "t5-v1_1-xxl")

@@ -230,7 +230,7 @@ def by_definition(model: CogVideoXTransformer, inputs: dict[str, Tensor]) -> Ten
 
     def mixed(module, args):
         nonlocal outputs
-        stream, c, sequence, _, ops = args
+        stream, shared, _, ops = args
         y, gate = stream.total(n_text), next(gates)
         outputs.append(y)
         h = gate * torch.stack(outputs).mean(dim=0) + (1 - gate) * y
@@ -238,7 +238,7 @@ def by_definition(model: CogVideoXTransformer, inputs: dict[str, Tensor]) -> Ten
             outputs = [y] if len(seen) else []
             h = y
         seen.append(h)
-        return Stream(h), c, sequence, ops.residual_norm, ops
+        return Stream(h), shared, ops.residual_norm, ops
 
     seen: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(mixed) for block in model.transformer_blocks]

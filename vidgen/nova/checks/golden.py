@@ -1,4 +1,4 @@
-"""What the golden cases of NOVA record, recomputed."""
+"""Golden cases of NOVA: set-masked attention, and `KINDS` for `vidgen verify`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 
 def set_mask(rank: Tensor) -> Tensor:
-    """What the sorted intervals mean for the tokens in their own order, bool [B or 1, T, T]."""
+    """The mask of the sorted tokens, put back in the tokens' own order: bool [B or 1, T, T]."""
     order = torch.atleast_2d(rank).argsort(dim=-1, stable=True)
     dense = IntervalMask.from_ranks(torch.atleast_2d(rank).gather(1, order)).to_dense()
     back = order.argsort(dim=-1)
@@ -24,7 +24,7 @@ def set_mask(rank: Tensor) -> Tensor:
 
 
 def set_attention(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """NOVA's attention between sets: the call, the module around it, and tokens in any order."""
+    """Set-masked attention: the operator, the module around it, and permuted tokens."""
     check_fixed(config, {"scale": "1/sqrt(head_dim)"})
     rank = inputs["rank"]
     results = {"mask": set_mask(rank).squeeze(0)}

@@ -1,4 +1,4 @@
-"""What the golden cases of NOVA's modules and their training record, recomputed."""
+"""Golden cases of NOVA's modules: recomputes what they record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loaded(module: Module, w: Tensors, prefix: str = "") -> Module:
 
 
 def with_weights(config: NovaConfig, w: Tensors, ops: Ops) -> NovaTransformer:
-    """A model of which a case holds some of the parts; the others are fresh."""
+    """A model with the weights of a case; modules that the case does not hold are fresh."""
     model = NovaTransformer(config, ops).to(next(iter(w.values())))
     state = model.state_dict()
     assert w.keys() <= state.keys(), "a case of another config"
@@ -47,7 +47,7 @@ def with_weights(config: NovaConfig, w: Tensors, ops: Ops) -> NovaTransformer:
 
 
 def prompts(config: dict[str, Any], inputs: Tensors, width: int) -> list[Tensor]:
-    """The features of every prompt; those of an empty one are not stored."""
+    """The features of each prompt; a case does not store those of an empty prompt."""
     like = next(x for x in inputs.values() if x.is_floating_point())
     empty = like.new_empty(0, width)
     return [inputs.get(f"prompt{i}", empty) for i in range(len(config["prompt_lens"]))]
@@ -61,7 +61,7 @@ def gradients(y: Tensor, grad_y: Tensor, by_name: dict[str, Tensor]) -> Results:
 def embeddings(
     config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops, outputs: list[str]
 ) -> Results:
-    """Tables of places, times of clips of the lengths named, conditions, timesteps."""
+    """Position tables, conditions, timesteps, and times for the clip lengths in ``outputs``."""
     sizes = config_of(config)
     model = with_weights(sizes, w, ops)
     text, motion, video = model.text_embed, model.motion_embed, model.video_pos_embed
@@ -111,7 +111,7 @@ def vit_block(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> 
 
 
 def rope3d(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """Rotation along three axes behind unrotated tokens; of a clip and of chosen tokens."""
+    """Rotation along three axes after unrotated tokens, for a clip and for selected tokens."""
     check_fixed(config, {"axis_dims": list(rotary_axes(config["head_dim"]))})
     x, ids = inputs["x"], inputs["ids"][..., 0]
     grid = config["grid_hw"][0], config["grid_hw"][1]
@@ -139,7 +139,7 @@ def rope3d(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Res
 
 
 def scale_shift(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """The scaling and shift layer and its gradients; rank 0 here means one full matrix."""
+    """The scaling and shift layer and its gradients; in cases rank 0 means full rank."""
     mixer = loaded(Mixer(config["dim"], config["rank"] or -1).to(inputs["z"]), w)
     anchor, z = inputs["anchor"].requires_grad_(), inputs["z"].requires_grad_()
     y = mixer(anchor, z)
@@ -148,7 +148,7 @@ def scale_shift(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -
 
 
 def diffusion_mlp(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """The denoising MLP on all tokens, with gradients, and on some; whole latents in either."""
+    """The denoising MLP on all tokens, with gradients, and on some of them."""
     eps = {"ln_eps_ada": ADAPTIVE_EPS, "ln_eps_post": DENOISER_NORM_EPS}
     check_fixed(config, {**eps, "freq_dim": 2 * N_FREQUENCIES})
     depth, width, patch = config["depth"], config["dim"], config["patch"]
@@ -171,7 +171,7 @@ def diffusion_mlp(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
 
 
 def temporal_kvcache(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """Frame conditions with a cache, slot by slot, and from one pass under the mask."""
+    """Frame conditions, slot by slot with a cache and in one pass under the mask."""
     sizes, x, condition = config_of(config), inputs["x"], inputs["cond"]
     model = with_weights(sizes, w, ops)
     n_rows, n_frames, n_condition = len(x), config["latent_length"], condition.shape[1]
@@ -243,7 +243,7 @@ def spatial_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) 
 def _by_sets(
     model: NovaTransformer, encoded: Tensor, canvas: Tensor, ids: Tensor, others: Tensor
 ) -> Tensor:
-    """z of all tokens, ``[B, N, D]``: of the visible ones and of the others apart where fused."""
+    """z of all tokens, ``[B, N, D]``; with fused ops in two calls, for visible and masked ones."""
     encoder = model.image_encoder
     if model.ops is EAGER:
         return encoder.decode(encoded, canvas, ids)

@@ -1,4 +1,4 @@
-"""What the golden cases of NOVA's schedules, guidance and sampling loops record, recomputed."""
+"""Golden cases of NOVA's schedules, guidance and sampling loops: recomputes what they record."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def schedules(
     outputs: Sequence[str],
     meanings: Mapping[str, str],
 ) -> Results:
-    """The tables that the names of the outputs ask for."""
+    """Tables of schedules; their arguments are in the names of the outputs."""
     return {name: torch.as_tensor(_table(name, meanings[name], config)) for name in outputs}
 
 
@@ -64,7 +64,7 @@ def _table(name: str, meaning: str, config: Mapping[str, Any]) -> Any:
 
 
 def _flow_matching(later: str | None, shift: str, n_steps: str, what: str) -> Tensor:
-    """``later``: the shift is set after construction, from 1."""
+    """``later``: whether the shift was set after construction with shift 1."""
     schedule = FlowMatching(shift=float(shift), table_shift=1.0 if later else None)
     sigmas = schedule.sigmas(int(n_steps))
     return sigmas if what == "sigma" else sigmas[:-1] * schedule.num_train_timesteps
@@ -82,7 +82,7 @@ def _ddpm_timesteps(what: str, spacing: str, n_steps: str) -> list[int]:
 
 
 def _draws(ratio: MaskRatio, meaning: str) -> Tensor:
-    """As many as recorded, from NumPy's uniform numbers, as SciPy draws them."""
+    """As many mask ratios as recorded, from NumPy's uniform numbers, as SciPy draws them."""
     import numpy as np
 
     numbers = re.search(r"(\d+) draws.*seed (\d+)", meaning)
@@ -104,9 +104,9 @@ def sampler_guidance(
     outputs: Sequence[str],
     meanings: Mapping[str, str],
 ) -> Results:
-    """Latents after every step of given predictions, and guided predictions.
+    """Latents after every step with given predictions, and guided predictions.
 
-    Schedules are told by the names of the results, arguments of guidance by what is said of them.
+    The names of the outputs tell the schedules, their descriptions the arguments of guidance.
     """
     results: Results = {}
     for name in outputs:
@@ -160,7 +160,7 @@ def _guided(meaning: str, config: Mapping[str, Any], inputs: Tensors) -> Tensor:
 
 
 class RecordedDraws:
-    """What a case recorded."""
+    """`Draws` that a case recorded."""
 
     def __init__(self, inputs: Tensors) -> None:
         self.inputs = inputs
@@ -178,10 +178,10 @@ class RecordedDraws:
 
 
 def loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """A whole run from text features to latents.
+    """A whole sampling run from text features to latents.
 
-    With eager ops in the released order, else in ours, which computes the features of a set's own
-    tokens alone: others are not compared, nor what is thrown away of a set's sample.
+    Eager ops run in the released order, fused ops in ours, which computes features and samples only
+    for the tokens of a set: others are not compared.
     """
     order = "official" if ops is EAGER else "sorted"
     model = load_transformer(_chosen(config, NovaConfig), w, ops)
@@ -201,7 +201,7 @@ def loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Resul
     first = _Set(draws.order(0)[:, : sizes[0]])
     last = _Set(draws.order(0)[:, -sizes[-1] :])
     tokens = patchify(latents[:, :, n_given], model.config.patch)
-    if order != "official":  # features of a set's own tokens alone
+    if order != "official":  # only the features of a set's own tokens were computed
         z = [first.placed(z[0], model.config.n_tokens), last.placed(z[-1], model.config.n_tokens)]
     return {
         "latents": latents,
@@ -222,15 +222,12 @@ class _Set:
         self.ids = ids
 
     def among(self, x: Tensor) -> Where:
-        """``x`` [G B, N, D] of all tokens of a frame, compared in the set."""
+        """``x`` [G B, N, D] of all tokens of a frame, compared only in the set."""
         chosen = x.new_zeros(*x.shape[:2], 1, dtype=torch.bool)
         return Where(x, chosen.scatter(1, self._index(x), True))
 
     def placed(self, x: Tensor, n_tokens: int) -> Tensor:
-        """``x`` [G B, n, D] of the set's tokens alone, at their places among all, ``[G B, N, D]``.
-
-        What the others hold is 0.
-        """
+        """``x`` [G B, n, D] of the set's tokens at their places in ``[G B, N, D]``; others 0."""
         index = self._index(x).expand(-1, -1, x.shape[-1])
         return x.new_zeros(len(x), n_tokens, x.shape[-1]).scatter(1, index, x)
 
@@ -240,7 +237,7 @@ class _Set:
 
 
 def _recorded(module: nn.Module) -> list[Tensor]:
-    """Everything that a module returns from now on."""
+    """A list to which everything is added that the module returns from now on."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -262,12 +259,15 @@ def _sampling_config(config: Mapping[str, Any], order: str) -> SamplingConfig:
 
 
 def _chosen(options: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Those that a dataclass has."""
+    """The options that are fields of a dataclass."""
     return {f.name: options[f.name] for f in fields(cls) if f.name in options}
 
 
 def _features(config: dict[str, Any], inputs: Tensors) -> TextFeatures:
-    """Prompts, and negative ones: none, one for all, or one for each; empty ones are not stored."""
+    """Prompts and negative prompts: none, one for all, or one for each.
+
+    A case does not store the features of empty prompts.
+    """
     texts = prompts(config, inputs, config["text_token_dim"])
     negative: dict[int, Tensor] = {}
     for name, x in inputs.items():

@@ -1,4 +1,4 @@
-"""What the golden cases of NOVA's training steps record, recomputed."""
+"""Golden cases of NOVA's training steps: recomputes what they record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..model.transformer import NovaTransformer
 from ..model.video_encoder import block_causal_mask
 from ..model.weights import load_transformer
 from ..sampling.schedules import DDPM, FlowMatching, Schedule
-from ..training.loss import TrainingDraws, diffusion_losses, frame_conditions, is_visible, noising
+from ..training.loss import TrainingDraws, add_noise, diffusion_losses, frame_conditions, is_visible
 from .golden_models import Tensors, config_of, prompts
 
 
@@ -30,7 +30,7 @@ def training_schedule(options: dict[str, Any]) -> Schedule:
 
 
 def train_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """A training step: what goes between its parts, losses, and the gradients' norms."""
+    """A training step: intermediate results, losses, gradients and their norms."""
     sizes, official = config_of(config), ops is EAGER
     model = load_transformer(sizes, w, ops).train()
     schedule = training_schedule(config["noise_schedule"])
@@ -53,7 +53,7 @@ def train_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) ->
 
     repeats = len(draws.noise) // len(frames)
     clean = patchify(frames, sizes.patch).repeat(repeats, 1, 1)
-    noised, timestep, _ = noising(clean, draws, schedule)
+    noised = add_noise(clean, draws, schedule)
     asked = (~is_visible(draws)).repeat(repeats, 1)
     if official:
         predictions: Tensor | Where = losses.predictions
@@ -69,8 +69,8 @@ def train_step(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) ->
         "masked_tokens": masked,
         "mask": (~is_visible(draws))[..., None].to(x.dtype),
         "spatial_out": z,
-        "x_t": unpatchify(noised, sizes.patch, sizes.image_grid),
-        "timestep": timestep,
+        "x_t": unpatchify(noised.tokens, sizes.patch, sizes.image_grid),
+        "timestep": noised.timestep,
         "model_pred": predictions,
         "grad_norms": torch.stack([x.new_zeros(()) if g is None else g.norm() for g in norms]),
     }
@@ -89,7 +89,7 @@ def sorted_like(model: nn.Module, names: list[str]) -> list[tuple[str, nn.Parame
 
 
 def _recorded_draws(inputs: Tensors, n_tokens: int) -> TrainingDraws:
-    """The visible tokens come first in the order, the others after them as they are numbered."""
+    """The draws of a case. Visible tokens come first in the order, then the others, ascending."""
     ids = inputs["prev_ids"][..., 0]
     visible = torch.zeros(len(ids), n_tokens, dtype=torch.bool, device=ids.device)
     visible.scatter_(1, ids, True)
@@ -101,7 +101,7 @@ def _recorded_draws(inputs: Tensors, n_tokens: int) -> TrainingDraws:
 
 @contextmanager
 def _recorded(model: NovaTransformer, found: Results) -> Iterator[None]:
-    """Writes what goes into the encoders and between their halves to ``found``."""
+    """Adds the inputs and intermediate results of the encoders to ``found``."""
     first, second = model.image_encoder.first_half, model.image_encoder.second_half
     blocks = model.image_encoder.blocks
 

@@ -1,4 +1,4 @@
-"""What the golden case of NOVA's video VAE records, recomputed."""
+"""The golden case of NOVA's video VAE: recomputes what it records."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vidgen.ops import Ops
 
 from ..vae.vae import TILE_LATENTS, VideoVAE, load_vae
 
-# Parts of the case's config that are not the model's: how its weights are made.
+# Parts of the case's config that describe its weights, not the model.
 RECIPE = ("keys", "key_shapes", "weight_recipe")
 
 
 def recipe_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The weights that ``config.weight_recipe`` says, fp32: sines of a count of all elements."""
+    """The fp32 weights of ``config.weight_recipe``: sines of the running number of an element."""
     weights, begin = {}, 0
     for key in sorted(shapes):
         shape, size = shapes[key], math.prod(shapes[key])
@@ -43,8 +43,8 @@ def vae_opensora(
 ) -> Results:  # fmt: skip
     """Moments of the video and its first frame; decoded frames of the first N latent frames.
 
-    ``dec{N}`` are all frames, ``dec{N}_tail`` frames 12 to 23, ``dec{N}_frames`` how many the
-    released code gives: those of complete tiles.
+    ``dec{N}`` are all frames, ``dec{N}_tail`` frames 12 to 23, ``dec{N}_frames`` the number of
+    frames that the released code returns, which drops an incomplete last tile.
     """
     video, latents = inputs["video"], inputs["latent"]
     weights = recipe_weights(config["key_shapes"])
@@ -74,7 +74,7 @@ def vae_opensora(
 
 
 def complete_latents(n_latents: int) -> int:
-    """The latent frames of one tile, or those of several that are complete."""
+    """The latent frames in complete tiles; a single tile may be incomplete."""
     return n_latents - max(n_latents - 1, TILE_LATENTS - 1) % (TILE_LATENTS - 1)
 
 

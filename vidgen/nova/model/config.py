@@ -1,8 +1,9 @@
 """Sizes of NOVA, by the names of the official config.json files.
 
-Two networks share a width D. The *video encoder* turns the frames so far into features of the next,
-on tokens of 2p x 2p latents; the *image encoder* makes that frame set by set, on tokens of p x p.
-A small *denoising MLP* of width M samples the tokens of a set.
+NOVA has three networks. The *video encoder* (width D, tokens of 2p x 2p latents) computes features
+of the next frame from the frames so far. The *image encoder* (width D, tokens of p x p latents)
+computes features of the tokens of that frame, set by set. The *denoising MLP* (width M) samples the
+tokens of a set from their features.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Encoder:
     depth: int
     embed_dim: int
     num_heads: int
-    encoder_depth: int = 0  # of the image encoder: layers that see visible tokens alone
+    encoder_depth: int = 0  # image encoder: the first layers, which read only visible tokens
 
     def __post_init__(self) -> None:
         _check_counts(self, ("depth", "embed_dim", "num_heads"))
@@ -64,7 +65,7 @@ class Arch:
 
     @classmethod
     def from_names(cls, names: list[str] | tuple[str, ...]) -> Arch:
-        """Of names such as ``vit_d16w1024``, ``vit_d32w1024``, ``mlp_d3w1280``."""
+        """From names such as ``vit_d16w1024``, ``vit_d32w1024``, ``mlp_d3w1280``."""
         sizes = [re.fullmatch(r"(vit|mlp)_d(\d+)w(\d+)", name) for name in names]
         kinds = [size[1] for size in sizes if size]
         if len(names) != 3 or kinds != ["vit", "vit", "mlp"]:
@@ -82,13 +83,13 @@ class Arch:
 
     @classmethod
     def from_dict(cls, arch: Mapping[str, Mapping[str, int]]) -> Arch:
-        """Of numbers by name, for sizes that were not released."""
+        """From numbers by name, for sizes that were not released."""
         if missing := sorted({f.name for f in fields(cls)} - arch.keys()):
             raise ValueError(f"arch: expected all parts, got none for {', '.join(missing)}")
         video, image, decoder = (
             dict(arch[name]) for name in ("video_encoder", "image_encoder", "image_decoder")
         )
-        decoder.pop("cond_dim", None)  # the width of the encoders
+        decoder.pop("cond_dim", None)  # always the width of the encoders
         if "depth" in image:
             image.setdefault("encoder_depth", image["depth"] // 2)
         try:
@@ -105,11 +106,11 @@ class NovaConfig:
     image_dim: int = 4  # latent channels
     image_size: tuple[int, int] = (480, 768)  # pixels
     image_stride: int = 8  # pixels per latent
-    text_token_dim: int | None = 2560  # Phi-2 features; None: a class is given, not a text
+    text_token_dim: int | None = 2560  # of Phi-2; None: conditioned on classes, not on text
     text_token_len: int = 256
-    image_base_size: tuple[int, int] | None = None  # tokens; None: as image_size says
-    video_base_size: tuple[int, int, int] = (16, 15, 24)  # frames of training, tokens
-    video_mixer_rank: int | None = 24  # below 0: of full rank; None: no mixer
+    image_base_size: tuple[int, int] | None = None  # tokens; None: computed from image_size
+    video_base_size: tuple[int, int, int] = (16, 15, 24)  # frames and tokens of training
+    video_mixer_rank: int | None = 24  # below 0: full rank; None: no mixer
     rotary_pos_embed: bool = False
     arch: Arch = field(default_factory=Arch)
     spatial_attention: str = "masked"  # as released; "set_causal": see set_causal.py
@@ -191,7 +192,7 @@ class NovaConfig:
 
     @property
     def n_base_frames(self) -> int:
-        """Tb: the time that a clip of any length is stretched over."""
+        """Tb: a clip of any length is given times from 0 to Tb."""
         return self.video_base_size[0]
 
     @property
@@ -200,7 +201,7 @@ class NovaConfig:
 
     @property
     def n_condition(self) -> int:
-        """Lc: text or class, and two tokens of motion."""
+        """Lc: tokens of the text or class, and two tokens of motion for models of video."""
         return (self.text_token_len if self.text_token_dim else 1) + 2 * self.has_motion
 
     @property
@@ -210,11 +211,11 @@ class NovaConfig:
 
     @property
     def token_dim(self) -> int:
-        """Latent values of a token, p * p * C."""
+        """Latent values in a token of the image encoder, p * p * C."""
         return self.patch * self.patch * self.image_dim
 
     def resized(self, height: int, width: int) -> NovaConfig:
-        """For frames of other sizes in pixels, with the same weights."""
+        """The config for frames of another size in pixels; the same weights fit."""
         stride = self.image_stride * self.video_patch
         grid = height // stride, width // stride
         size = (self.n_base_frames, *grid)
@@ -222,12 +223,12 @@ class NovaConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> NovaConfig:
-        """From the contents of a config.json; ValueError for an option that is not built."""
+        """From the contents of a config.json. Raises ValueError for options we do not support."""
         names = {f.name for f in fields(cls)}
         unknown = sorted(n for n in config.keys() - names if not n.startswith("_"))
         if unknown:
             raise ValueError(f"config: expected options of {cls.__name__}, got also {unknown}")
-        # what a file leaves out is the official constructor's default, not osp480's
+        # what a file leaves out has the default of the official constructor, not osp480's value
         options: dict[str, Any] = {"video_mixer_rank": None, "text_token_dim": None}
         for name, x in config.items():
             if name in names:
@@ -245,6 +246,6 @@ class NovaConfig:
 
 
 def rotary_axes(head_dim: int) -> tuple[int, int, int]:
-    """How many channels of a head turn with time, row and column."""
+    """Channels of a head that are rotated by time, by row and by column."""
     time = head_dim // 8
     return time, (head_dim - time) // 2, (head_dim - time) // 2

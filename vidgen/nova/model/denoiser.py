@@ -1,11 +1,13 @@
-"""The denoising MLP: a diffusion step of single tokens, given the image encoder's word on each.
+"""The denoising MLP: predicts the noise or velocity of each token, conditioned on the image
+encoder's feature z of that token and on the timestep t.
 
-    c = P_z(z) + P_t(t);  (s, b, gate) = W SiLU(c)
-    x <- x + gate * LN(MLP(LN(x) * (1 + s) + b))      LN inside without weights, outside with
+    c = P_z(z) + P_t(t);  (scale, shift, gate) = W SiLU(c)                      for each block
+    x <- x + gate * LN(MLP(LN(x) * (1 + scale) + shift))
 
-Tokens never meet, so any subset may be denoised alone. `forward` is for that: `embed_condition` and
-`embed_time` can be called once for many steps, and the projections of SiLU(c) of all blocks are one
-matrix product. `forward_latents` computes the same in the order of the released code.
+The inner LN has no weights, the outer one has. Tokens do not attend to each other, so a set of
+them can be denoised alone: that is `forward`. `modulated` is the same for callers that have
+computed the modulation of many steps before (`sampling/denoising.py`), and `forward_latents` is
+the order of the released code, which denoises whole latents.
 
 Shapes: B rows, n tokens, p * p * C values of a token, D width of z, M width of the MLP.
 """
@@ -14,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,19 +56,37 @@ class TimeConditionEmbed(nn.Module):
 def timestep_features(timestep: Tensor) -> Tensor:
     """Cosines, then sines, fp32 ``[..., 256]``.
 
-    The frequencies are those of `embeddings.frequencies`, rounded as the released code rounds them.
+    The frequencies are those of `embeddings.frequencies`, computed as in the released code, whose
+    rounding differs.
     """
     i = torch.arange(N_FREQUENCIES, dtype=torch.float32, device=timestep.device)
     angle = timestep.float()[..., None] * torch.exp(-math.log(10000) * i / N_FREQUENCIES)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class Vectors(NamedTuple):
+    """Modulation of a norm, and the gate of the block that it begins, each ``[B, n or 1, M]``."""
+
+    scale: Tensor
+    shift: Tensor
+    gate: Tensor | None = None  # None for the last norm, which begins no block
+
+
 class AdaptiveNorm(nn.Module):
-    """The projection that an adaptive norm is modulated by."""
+    """The projection of SiLU(c) to the `Vectors` of a norm; the norm has no other weights."""
 
     def __init__(self, width: int, n_vectors: int) -> None:
         super().__init__()
+        self.n_vectors = n_vectors
         self.proj = nn.Linear(width, n_vectors * width)
+
+    def vectors(self, c: Tensor) -> Vectors:
+        """``c`` is SiLU(c), ``[B, n or 1, M]``."""
+        return self.split(self.proj(c))
+
+    def split(self, projected: Tensor) -> Vectors:
+        """The projection of SiLU(c), ``[..., n_vectors * M]``, cut into its vectors."""
+        return Vectors(*projected.chunk(self.n_vectors, dim=-1))
 
 
 class DenoisingBlock(nn.Module):
@@ -75,14 +96,18 @@ class DenoisingBlock(nn.Module):
         self.proj = TwoLayers(width, width)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, modulation: Tensor, ops: Ops) -> Tensor:
-        """``x`` [B, n, M]; ``modulation`` [B, n or 1, 3M]: scale, shift, gate."""
-        scale, shift, gate = modulation.chunk(3, dim=-1)
-        _, a = ops.residual_norm(x, scale=scale, shift=shift, eps=ADAPTIVE_EPS)
-        norm = self.norm2
+    def forward(self, x: Tensor, vectors: Vectors, ops: Ops) -> Tensor:
+        """``x`` and the result ``[B, n, M]``."""
+        a, norm = modulate(x, vectors, ops), self.norm2
         return ops.post_norm_residual(
-            x, self.proj(a), gate=gate, weight=norm.weight, bias=norm.bias, eps=norm.eps
+            x, self.proj(a), gate=vectors.gate, weight=norm.weight, bias=norm.bias, eps=norm.eps
         )
+
+
+def modulate(x: Tensor, vectors: Vectors, ops: Ops) -> Tensor:
+    """``LN(x) * (1 + scale) + shift``."""
+    scale, shift, _ = vectors
+    return ops.residual_norm(x, scale=scale, shift=shift, eps=ADAPTIVE_EPS)[1]
 
 
 class DenoisingMLP(nn.Module):
@@ -98,75 +123,71 @@ class DenoisingMLP(nn.Module):
         self.head = nn.Linear(width, patch * patch * n_channels)
 
     def embed_condition(self, z: Tensor) -> Tensor:
-        """Features of tokens ``[B, n, D]`` to ``[B, n, M]``; the same at every timestep."""
+        """``P_z(z)``: ``[B, n, D]`` to ``[B, n, M]``. It does not depend on the timestep."""
         return self.time_cond_embed.condition_proj(z)
 
     def embed_time(self, timestep: Tensor) -> Tensor:
-        """``[...]`` timesteps, 0 to 1000, to ``[..., M]``; the same for all tokens."""
+        """``P_t(t)``: timesteps ``[...]``, 0 to 1000, to ``[..., M]``."""
         return self.time_cond_embed.time(timestep)
 
-    def modulation_projection(self) -> tuple[Tensor, Tensor]:
-        """Weight ``[(3 depth + 2) M, M]`` and bias of the projections of all norms as one."""
-        projections = [self.norm.proj, *(block.norm1.proj for block in self._blocks())]
-        weight = torch.cat([projection.weight for projection in projections])
-        return weight, torch.cat([projection.bias for projection in projections])
+    @property
+    def adaptive_norms(self) -> list[AdaptiveNorm]:
+        """The norms of the blocks, then the last one."""
+        return [*(block.norm1 for block in self._blocks()), self.norm]
 
-    def forward(
-        self, x: Tensor, c: Tensor, projection: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Noise or velocity of the tokens ``x`` [B, n, p * p * C], of their shape.
 
-        Args:
-            c: sum of `embed_condition` and `embed_time`, ``[B, n or 1, M]``.
-            projection: `modulation_projection`'s, for who calls it many times.
-        """
-        if projection is None:
-            projection = self.modulation_projection()
-        modulation = F.linear(F.silu(c), *projection)
-        scale, shift, *others = modulation.split(self.head.in_features, dim=-1)
-        return self.modulated(self.patch_embed.of_tokens(x), [*others, scale, shift])
+        The projections of all norms are one matrix product.
 
-    def modulated(self, h: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        Args:
+            c: `embed_condition` + `embed_time`, ``[B, n or 1, M]``.
+        """
+        *of_blocks, of_head = self.adaptive_norms
+        norms = [of_head, *of_blocks]  # kept in this order: another one may round differently
+        weight = torch.cat([norm.proj.weight for norm in norms])
+        bias = torch.cat([norm.proj.bias for norm in norms])
+        widths = [norm.proj.out_features for norm in norms]
+        projected = F.linear(F.silu(c), weight, bias).split(widths, dim=-1)
+        last, *vectors = (norm.split(x) for norm, x in zip(norms, projected, strict=True))
+        return self.modulated(self.patch_embed.of_tokens(x), [*vectors, last])
+
+    def modulated(self, h: Tensor, vectors: Sequence[Vectors]) -> Tensor:
         """The blocks and the head on embedded tokens ``[B, n, M]``.
 
-        A block ends where the norm of the next one begins: one operator does both.
+        One operator computes the end of a block and the modulated norm of the next.
 
         Args:
-            vectors: scale, shift and gate of each block, then scale and shift of the last norm,
-                ``[B, n or 1, M]``.
+            vectors: one for each of `adaptive_norms`.
         """
-        _, a = self.ops.residual_norm(h, scale=vectors[0], shift=vectors[1], eps=ADAPTIVE_EPS)
-        for i, block in enumerate(self._blocks()):
-            gate, scale, shift = vectors[3 * i + 2 : 3 * i + 5]
+        a = modulate(h, vectors[0], self.ops)
+        for block, (own, following) in zip(self._blocks(), pairwise(vectors), strict=True):
             norm = block.norm2
             h, a = self.ops.post_norm_adaln(
                 h,
                 block.proj(a),
-                gate=gate,
+                gate=own.gate,
                 weight=norm.weight,
                 bias=norm.bias,
-                scale=scale,
-                shift=shift,
+                scale=following.scale,
+                shift=following.shift,
                 eps=norm.eps,
                 next_eps=ADAPTIVE_EPS,
             )
         return self.head(a)
 
-    def read_out(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """``modulation`` [B, n or 1, 2M]: scale, shift."""
-        scale, shift = modulation.chunk(2, dim=-1)
-        _, a = self.ops.residual_norm(x, scale=scale, shift=shift, eps=ADAPTIVE_EPS)
-        return self.head(a)
-
     def forward_latents(
         self, x: Tensor, timestep: Tensor, z: Tensor, ids: Tensor | None = None
     ) -> Tensor:
-        """The released code's call: whole latents ``[B, C, h, w]`` in, ``[B, N, p * p * C]`` out.
+        """The same in the order of the released code: latents ``[B, C, h, w]`` to all tokens.
 
         Args:
-            timestep: ``[B]``, or ``[B, N]`` of every token.
-            z: features of all tokens ``[B, N, D]``.
-            ids: the tokens ``[B, n]`` to denoise; the others come back as they are.
+            timestep: ``[B]``, or ``[B, N]`` with one for each token.
+            z: features of all tokens, ``[B, N, D]``.
+            ids: the tokens to denoise, int64 ``[B, n]``; default all of them.
+
+        Returns:
+            ``[B, N, p * p * C]``; tokens that are not in ``ids`` are returned unchanged.
         """
         tokens, h = patchify(x, self.patch_embed.patch), self.patch_embed(x)
         if ids is not None:
@@ -174,8 +195,8 @@ class DenoisingMLP(nn.Module):
         time = self.embed_time(timestep)
         c = self.embed_condition(z) + (time if timestep.ndim == 2 else time[:, None])
         for block in self._blocks():
-            h = block(h, block.norm1.proj(F.silu(c)), self.ops)
-        out = self.read_out(h, self.norm.proj(F.silu(c)))
+            h = block(h, block.norm1.vectors(F.silu(c)), self.ops)
+        out = self.head(modulate(h, self.norm.vectors(F.silu(c)), self.ops))
         if ids is None:
             return out
         return tokens.scatter(1, ids[:, :, None].expand_as(out), out)

@@ -1,4 +1,4 @@
-"""What NOVA's tokens are made of: patches, positions, text, class, motion, special tokens.
+"""Embeddings of NOVA: patches, positions, text, class, motion and special tokens.
 
 Shapes: B batch rows, T frames, C latent channels, D width, N tokens of a frame.
 """
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-N_FREQUENCIES = 128  # of times, motion and timesteps
-N_TEXT_ROWS = 512  # of the table that fills up texts
-N_CLASSES = 1000  # one more row of the table stands for no class
+N_FREQUENCIES = 128  # in the embeddings of times, motion and timesteps
+N_TEXT_ROWS = 512  # rows of the table that texts are filled up from
+N_CLASSES = 1000  # the label N_CLASSES means no class
 DEFAULT_FLOW, DEFAULT_FPS = 5.0, 12.0
 INIT_STD = 0.02
 
@@ -33,7 +33,7 @@ def sincos(x: Tensor) -> Tensor:
 def space_table(
     width: int, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """``[rows * columns, D]``: sines and cosines of the column, then of the row."""
+    """Position embeddings ``[rows * columns, D]``: sines and cosines of column, then of row."""
     return _kept(_space_table)(width, grid, device, dtype)
 
 
@@ -68,18 +68,21 @@ def _rotary_positions(
 
 
 def _kept(table: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Tables are few and needed at every step, so they stay on the device; a compiler has them."""
+    """``table`` with its results cached, as they are few and needed at every step.
+
+    Not while compiling: there they become constants of the graph.
+    """
     return table if torch.compiler.is_compiling() else functools.partial(_keep, table)
 
 
 @functools.lru_cache(maxsize=64)
 def _keep(table: Callable[..., Tensor], *options) -> Tensor:
-    with torch.inference_mode(False):  # what is kept must serve training too
+    with torch.inference_mode(False):  # training may use the cached tensor too
         return table(*options)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """Latents ``[B, C, h, w]`` to tokens ``[B, N, p * p * C]``: patch row, column, channel."""
+    """Latents ``[B, C, h, w]`` to tokens ``[B, N, p * p * C]``, order: row, column, channel."""
     x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, rows, p, cols, p]
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).flatten(1, 2)
 
@@ -101,17 +104,17 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
-        """The same for single tokens, ``[..., p * p * C]`` to ``[..., D]``."""
+        """The same for tokens of `patchify`, ``[..., p * p * C]`` to ``[..., D]``."""
         return F.linear(tokens, self.token_weight, self.proj.bias)
 
     @property
     def token_weight(self) -> Tensor:
-        """``[D, p * p * C]``, in the order of `patchify`."""
+        """The convolution as a matrix ``[D, p * p * C]``, columns in the order of `patchify`."""
         return self.proj.weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class SinusoidMLP(nn.Sequential):
-    """A number to a vector."""
+    """Embeds a number: sines and cosines, then two layers."""
 
     def __init__(self, width: int) -> None:
         first, last = nn.Linear(2 * N_FREQUENCIES, width), nn.Linear(width, width)
@@ -119,7 +122,7 @@ class SinusoidMLP(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """Of the first layer: the device and dtype of all."""
+        """The weight of the first layer, which tells device and dtype."""
         return next(self.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class SinusoidMLP(nn.Sequential):
 
 
 class VideoPosEmbed(nn.Module):
-    """Times of frames, learned, and places of tokens in a frame."""
+    """Position embeddings of the video encoder: of frames in time, and of tokens in a frame."""
 
     def __init__(self, width: int, base_size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -138,7 +141,7 @@ class VideoPosEmbed(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def times(self, n_frames: int) -> Tensor:
-        """Positions of the frames of a clip, fp32 ``[T]``: any length covers the base length."""
+        """Times of the frames of a clip, fp32 ``[T]``: ``t Tb / T``, from 0 to below Tb."""
         frame = torch.arange(n_frames, dtype=torch.float32, device=self.norm.weight.device)
         return frame / (n_frames / self.n_base_frames)
 
@@ -147,19 +150,19 @@ class VideoPosEmbed(nn.Module):
         return self.norm(self.time_proj(self.times(n_frames)))[:, None]
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """``x`` [B, T, N, D] with its positions added; ``time`` [T, 1, D]."""
+        """``x`` [B, T, N, D] plus its position embeddings; ``time`` [T, 1, D]."""
         return x + time + space_table(self.width, self.grid, x.device, x.dtype)
 
 
 class MotionEmbed(nn.Module):
-    """How much moves, and frames per second: two tokens of the condition."""
+    """Amount of motion and frames per second, as two tokens of the condition."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.flow_proj, self.fps_proj = SinusoidMLP(width), SinusoidMLP(width)
 
     def forward(self, n_rows: int, flow: Tensor | None = None, fps: Tensor | None = None) -> Tensor:
-        """``[B, 2, D]``; flow and fps ``[B]``, None for the values most videos had."""
+        """``[B, 2, D]``; flow and fps ``[B]``, None for `DEFAULT_FLOW` and `DEFAULT_FPS`."""
         device = self.flow_proj.weight.device
         flow = torch.full((n_rows,), DEFAULT_FLOW, device=device) if flow is None else flow
         fps = torch.full((n_rows,), DEFAULT_FPS, device=device) if fps is None else fps
@@ -167,7 +170,7 @@ class MotionEmbed(nn.Module):
 
 
 class TextEmbed(nn.Module):
-    """Text features, filled up to one length with rows of a table; all rows are attended to."""
+    """Text features, filled up to a fixed length from a learned table; all rows are attended to."""
 
     def __init__(self, token_dim: int, width: int, n_tokens: int) -> None:
         super().__init__()
@@ -182,7 +185,8 @@ class TextEmbed(nn.Module):
     def fill_up(self, features: Sequence[Tensor]) -> Tensor:
         """Texts of any lengths ``[n, token_dim]`` to ``[B, n_tokens, token_dim]``.
 
-        An empty text is the table alone. Raises ValueError for longer texts and other widths.
+        Row i of the result is row i of the text, or of the table where the text has ended. Raises
+        ValueError for texts that are too long or of another width.
         """
         token_dim = self.weight.shape[1]
         for x in features:
@@ -198,7 +202,7 @@ class TextEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """A class as the one token of the condition; class `N_CLASSES` is no class."""
+    """A class label as the only token of the condition; label `N_CLASSES` means no class."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -211,7 +215,7 @@ class LabelEmbed(nn.Module):
 
 
 class MaskEmbed(nn.Module):
-    """The tokens that stand for what is not there: the first frame's past, and masked content."""
+    """Learned tokens: ``bos_token`` stands before frame 0, ``mask_token`` for masked tokens."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -219,5 +223,5 @@ class MaskEmbed(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(1, width) * INIT_STD)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """``tokens`` [B, N, D] with the mask token but where ``visible`` (bool [B, N])."""
+        """``tokens`` [B, N, D] where ``visible`` (bool [B, N]), the mask token elsewhere."""
         return torch.where(visible[..., None], tokens, self.mask_token)

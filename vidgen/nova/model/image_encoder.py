@@ -1,10 +1,11 @@
-"""The spatial part: what each token of a frame should become, from those that are there already.
+"""The image encoder: features z of the tokens of a frame, from the tokens that are visible already.
 
-As a masked autoencoder: the first half of the layers sees the frame's condition and the visible
-tokens, the second half the condition and all tokens, where the rest is the mask token at its place.
-All see all in both. Only what is read of the last layer need be computed (`rows`).
+It works as a masked autoencoder. The first half of the layers runs on the frame's condition (the
+features of the video encoder) and the visible tokens. The second half runs on the condition and all
+tokens: visible ones as the first half left them, the others as mask token + position. Attention is
+full in both halves. In the last layer only the wanted rows are computed (``rows``).
 
-`set_causal.py` holds the other way to run the same weights.
+`set_causal.py` runs the same weights under another rule.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ class ImageEncoder(VisionTransformer):
         return range(self.encoder.encoder_depth, self.encoder.depth)
 
     def place(self, tokens: Tensor) -> Tensor:
-        """All tokens of a frame [B, N, D] with their places added, unless those are rotary."""
+        """All tokens of a frame [B, N, D] plus position embeddings, unless positions are rotary."""
         if self.is_rotary:
             return tokens
         table = space_table(tokens.shape[-1], self.grid, tokens.device, tokens.dtype)
         return tokens + table
 
     def positions(self, like: Tensor, ids: Tensor | None = None) -> Tensor | None:
-        """Rotary positions of all tokens ``[N, 3]`` or of ``ids`` ``[B, n, 3]``; None without."""
+        """Rotary positions of all tokens ``[N, 3]``, or of ``ids``, ``[B, n, 3]``.
+
+        None where positions are added to the tokens.
+        """
         if not self.is_rotary:
             return None
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -52,12 +56,12 @@ class ImageEncoder(VisionTransformer):
     def forward(
         self, tokens: Tensor, condition: Tensor, ids: Tensor, *, rows: Tensor | None = None
     ) -> Tensor:
-        """Features ``[B, N, D]``, or of the tokens ``rows`` [B, n] alone.
+        """Features ``[B, N, D]`` of all tokens, or ``[B, n, D]`` of the tokens ``rows`` [B, n].
 
         Args:
-            tokens: ``[B, N, D]``, the mask token where nothing is visible; not placed yet.
+            tokens: ``[B, N, D]`` without positions; masked ones are the mask token.
             condition: of the frame, ``[B, Nv, D]``.
-            ids: of the visible tokens, ``[B, V]``.
+            ids: indices of the visible tokens, ``[B, V]``.
         """
         canvas = self.place(tokens)
         encoded = self.encode(take(canvas, ids), condition, ids)
@@ -69,8 +73,8 @@ class ImageEncoder(VisionTransformer):
         """The first half: ``[B, Nv + V, D]``, condition first.
 
         Args:
-            visible: placed tokens ``[B, V, D]``, in any order.
-            ids: which they are, ``[B, V]``; N for padding, whose keys ``mask`` must hide.
+            visible: tokens of `place`, ``[B, V, D]``, in any order.
+            ids: their indices in the frame, ``[B, V]``; N for padding, which ``mask`` must hide.
         """
         h = torch.cat([condition, visible], dim=1)
         shared = Pass(mask, self.positions(h, ids), condition.shape[1])
@@ -79,11 +83,12 @@ class ImageEncoder(VisionTransformer):
     def decode(
         self, encoded: Tensor, canvas: Tensor, ids: Tensor, *, rows: Tensor | None = None
     ) -> Tensor:
-        """The second half and the last norm: ``[B, N, D]``, or of ``rows`` [B, n] alone.
+        """The second half and the last norm: ``[B, N, D]``, or ``[B, n, D]`` for ``rows`` [B, n].
 
         Args:
-            encoded: `encode`'s ``[B, Nv + V, D]``; padding, of id N, is left out.
-            canvas: placed tokens ``[B or 1, N, D]``; visible ones may hold anything.
+            encoded: the result of `encode`, ``[B, Nv + V, D]``.
+            canvas: tokens of `place`, ``[B or 1, N, D]``; visible ones are overwritten.
+            ids: as in `encode`; padding is dropped.
         """
         n_condition = encoded.shape[1] - ids.shape[1]
         h = self.decoder_input(encoded, canvas, ids)
@@ -92,10 +97,10 @@ class ImageEncoder(VisionTransformer):
         return self.norm(self.run(h, self.second_half, shared, wanted))
 
     def decoder_input(self, encoded: Tensor, canvas: Tensor, ids: Tensor) -> Tensor:
-        """``[condition | all tokens]``, the encoded ones put back in their places."""
+        """``[condition | all tokens]``, with the encoded tokens at their places in the frame."""
         n_rows, n_visible = ids.shape
         n_condition, n_tokens = encoded.shape[1] - n_visible, canvas.shape[1]
-        # one row more than there are tokens, for padding
+        # padding is written to an additional row, which is cut off
         h = canvas.new_empty(n_rows, n_condition + n_tokens + 1, canvas.shape[-1])
         h[:, :n_condition] = encoded[:, :n_condition]
         h[:, n_condition:-1] = canvas

@@ -1,4 +1,4 @@
-"""The scaling and shift layer: features of a later frame as a change of those of the first."""
+"""The scaling and shift layer: a later frame's condition as a modulation of frame 0's features."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class Mixer(nn.Module):
-    """``A * (1 + a) + b`` with ``[a | b] = W2 W1 SiLU(E) + bias``, through ``rank`` numbers.
+    """``A * (1 + a) + b`` with ``[a | b] = W2 W1 SiLU(E) + bias``, W1 of ``rank`` rows.
 
-    A are the video encoder's features of frame 0, E those of a later frame. There is no norm.
+    A (the anchor) are the video encoder's features of frame 0, E those of a later frame.
     """
 
     def __init__(self, width: int, rank: int) -> None:
-        """A ``rank`` below 0: one matrix of full rank, W2 alone."""
+        """A ``rank`` below 0 means full rank: W2 alone."""
         super().__init__()
         self.lora = nn.Linear(width, rank, bias=False) if rank > 0 else None
         self.proj = nn.Linear(rank if rank > 0 else width, 2 * width)

@@ -1,22 +1,25 @@
-"""``spatial_attention="set_causal"``: sets of a frame with a cache, the paper's own spatial mask.
+"""``spatial_attention="set_causal"``: the image encoder with a KV cache, by the paper's own mask.
 
-The released models look at a frame anew for every set (`image_encoder.py`), so what a visible token
-is changes with each set and no key can be kept. Here a token is what it was when its set was made.
-It needs a model trained so; modules and weights are the same.
+The released models encode all visible tokens anew for every set (`image_encoder.py`), so keys and
+values change with each set and cannot be cached. Here a token never attends to later sets, so its
+keys and values stay valid. Modules and shapes of weights are the same, but the model has to be
+trained this way.
 
-The rule. A frame has a condition and N tokens in an order, cut into sets 1 to K. A token is there
-twice, both at its place in the frame: as *content*, its patch, and as *query*, the mask token.
+The rule: the N tokens of a frame are put in an order and cut into sets 1 to K. Each token occurs
+twice, with the same position: as *content* (its patch) and as *query* (the mask token).
 
     condition           sees  condition
     content of set k    sees  condition, content of sets <= k
     query of set k      sees  condition, content of sets < k, queries of set k
 
-Queries only run through the second half of the layers, as mask tokens do in the released models.
-The last norm of a query is what its token is sampled from: it depends on the sets before its own,
-never on its own content. Training has all sets in one pass (`predict_all`): the first half is block
-causal on ``[condition | content]``, the second on ``[condition | content | queries]`` under the
-mask of teacher forcing. Sampling goes set by set with a cache (`predict_set`), where the content of
-a set enters together with the queries of the next. Both give the same.
+Queries run through the second half of the layers only, as mask tokens do in the released models.
+Their features after the last norm are what tokens are sampled from; they depend on the condition
+and on the sets before, never on the token's own content.
+
+Training computes all sets in one pass (`predict_all`): the first half of the layers on ``[condition
+| content]`` under a block-causal mask, the second on ``[condition | content | queries]`` under a
+teacher-forcing mask. Sampling goes set by set with a cache (`predict_set`): the content of a set
+enters together with the queries of the next one. Both give the same features.
 """
 
 from __future__ import annotations
@@ -43,11 +46,11 @@ def predict_all(
     """Features ``[B, N, D]`` of all tokens, each from the sets before its own.
 
     Args:
-        content: placed patches of the whole frame, ``[B, N, D]``.
-        queries: placed mask tokens, ``[B or 1, N, D]``.
+        content: patches of the whole frame with positions (`place`), ``[B, N, D]``.
+        queries: mask tokens with positions, ``[B or 1, N, D]``.
         condition: of the frame, ``[B, Nv, D]``.
-        order: int64 ``[B, N]``: which tokens the sets have, set after set.
-        set_sizes: N in all.
+        order: int64 ``[B, N]``: the indices of the tokens, set after set.
+        set_sizes: their sum is N.
 
     Raises:
         ValueError: sizes that do not sum to N.
@@ -73,7 +76,7 @@ def predict_all(
 
 
 def new_cache(encoder: ImageEncoder, n_rows: int, n_condition: int) -> KVCache:
-    """For one frame at a time: `KVCache.clear` before the next."""
+    """A cache for one frame; call `KVCache.clear` before the next frame."""
     n_tokens = encoder.grid[0] * encoder.grid[1]
     weight = encoder.norm.weight
     options = {"dtype": weight.dtype, "device": weight.device}
@@ -89,14 +92,14 @@ def predict_set(
     new_ids: Tensor | None,
     ids: Tensor,
 ) -> Tensor:
-    """Features ``[B, n, D]`` of the tokens of one set; ``new`` stays in the cache.
+    """Features ``[B, n, D]`` of the tokens of one set; keys and values of ``new`` are cached.
 
     Args:
-        new: what was not there before: for the first set the condition ``[B, Nv, D]``, then the
-            content of the set before, placed patches ``[B, m, D]``.
-        queries: placed mask tokens ``[B, n, D]``.
-        new_ids: which tokens ``new`` are, ``[B, m]``; None for the condition.
-        ids: which tokens to predict, ``[B, n]``.
+        new: what the cache does not have yet: for the first set the condition ``[B, Nv, D]``, then
+            the content of the set before, patches with positions ``[B, m, D]``.
+        queries: mask tokens with positions, ``[B, n, D]``.
+        new_ids: indices of the tokens in ``new``, ``[B, m]``; None for the condition.
+        ids: indices of the tokens to predict, ``[B, n]``.
     """
     n_new, n_queries = new.shape[1], queries.shape[1]
     positions = None if new_ids is None else encoder.positions(new, new_ids)
@@ -111,7 +114,7 @@ def predict_set(
     h = torch.cat([h, queries], dim=1)
     *layers, last = encoder.second_half
     h = encoder.run(h, layers, shared)
-    # queries see all that is there, so the last layer, of which they alone are read, has no mask
+    # only the queries of the last layer are read, and they attend to everything: no mask
     h = encoder.run(h, [last], shared._replace(mask=None), slice(n_new, None))
-    cache.advance(n_new)  # queries are written over
+    cache.advance(n_new)  # the next call overwrites the queries
     return encoder.norm(h)

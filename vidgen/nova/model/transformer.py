@@ -1,8 +1,9 @@
-"""NOVA's transformer: condition, video encoder, image encoder and denoising MLP under one roof.
+"""NOVA's transformer: the embeddings, both encoders and the denoising MLP in one module.
 
-`training.py` runs it on whole clips. A sampler goes frame by frame: `video_slots` and the video
-encoder with a cache, then set by set the image encoder and the denoising MLP. Weights and results
-do not depend on `ops`.
+It has no forward of its own, since training and sampling run its parts differently.
+`training/loss.py` runs the encoders on whole clips. `sampling/sampler.py` goes frame by frame: the
+video encoder with a cache on the tokens of `video_slots`, then, set by set, the image encoder and
+the denoising MLP. Weights and results do not depend on `ops`.
 """
 
 from __future__ import annotations
@@ -59,16 +60,16 @@ class NovaTransformer(nn.Module):
         flow: Tensor | None = None,
         fps: Tensor | None = None,
     ) -> Tensor:
-        """The tokens ``[B, Lc, D]`` that videos are made from.
+        """The condition tokens ``[B, Lc, D]``: text or class, then motion.
 
         Args:
-            text: features ``[B, text_token_len, text_token_dim]``, filled up, or of each text
-                ``[n, text_token_dim]``.
-            labels: classes 0 to 999, int64 ``[B]``, 1000 for none: of a model without text.
-            flow, fps: how much moves, and frames per second, ``[B]``; None for the usual.
+            text: features of `TextEmbed.fill_up`, ``[B, text_token_len, text_token_dim]``, or of
+                each text, ``[n, text_token_dim]``.
+            labels: classes 0 to 999 or 1000 for none, int64 ``[B]``, for models without text.
+            flow, fps: amount of motion and frames per second, ``[B]``; None for the defaults.
 
         Raises:
-            ValueError: what the model does not take, or not what it needs.
+            ValueError: arguments that this model does not take, or a missing one.
         """
         if self.text_embed is not None:
             if text is None or labels is not None:
@@ -87,11 +88,13 @@ class NovaTransformer(nn.Module):
         return torch.cat([tokens, self.motion_embed(len(tokens), flow, fps)], dim=1)
 
     def video_slots(self, past: Tensor | None, n_frames: int, first: int, n_rows: int) -> Tensor:
-        """Tokens ``[B, t, Nv, D]`` of the video encoder's slots from slot ``first`` on.
+        """Input tokens ``[B, t, Nv, D]`` of the video encoder for slots from ``first`` on.
+
+        Slot 0 holds the learned `bos_token`, slot s > 0 latent frame s - 1.
 
         Args:
-            past: the latents ``[B, C, t, h, w]`` in them; slot 0 holds none and comes before them.
-            n_frames: of the whole clip, which times depend on.
+            past: latents ``[B, C, t, h, w]`` of those slots but slot 0; None for slot 0 alone.
+            n_frames: of the whole clip; the times of the slots depend on it.
         """
         parts = []
         if first == 0:
@@ -107,7 +110,7 @@ class NovaTransformer(nn.Module):
         return self.video_pos_embed(x, time[first : first + x.shape[1]])
 
     def video_positions(self, frames: range) -> Tensor | None:
-        """Rotary positions of slots ``[t * Nv, 3]``; None where they are added to the tokens."""
+        """Rotary positions of slots, ``[t * Nv, 3]``; None where positions are added to tokens."""
         if not self.config.rotary_pos_embed:
             return None
         weight = self.mask_embed.bos_token

@@ -1,10 +1,11 @@
-"""The temporal part: features of every frame from the condition and the frames before it.
+"""The video encoder: features of every frame from the condition and the frames before it.
 
 The sequence is ``[condition | slot 0 | slot 1 | ...]``. Slot 0 holds a learned token, slot t > 0
-latent frame t - 1; the output of slot t is what frame t is made from. A slot sees itself and all
-before it; condition and slot 0 see each other, they are one block.
+latent frame t - 1; from the output of slot t, frame t is generated. A slot attends to itself and to
+everything before it; condition and slot 0 are one block and attend to each other.
 
-Frame by frame with a cache and all at once under `block_causal_mask` are the same.
+Training runs all slots at once under `block_causal_mask`, sampling slot by slot with a cache. The
+results are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .vit import KVCache, Pass, VisionTransformer
 def block_causal_mask(
     n_condition: int, n_tokens: int, n_frames: int, device: torch.device
 ) -> IntervalMask | None:
-    """Of all slots at once, ``n_tokens`` each; None for one frame, where all see all."""
+    """For all slots at once, ``n_tokens`` each; None for one frame, where attention is full."""
     if n_frames == 1:
         return None
     lengths = [n_condition + n_tokens] + [n_tokens] * (n_frames - 1)
@@ -49,10 +50,10 @@ class VideoEncoder(VisionTransformer):
         """Features ``[B, n, D]`` of the tokens of some slots.
 
         Args:
-            condition: what comes before the first slot; None for later slots.
-            mask: of condition and slots; None: all see all, and what is in the cache.
-            positions: of ``x``, ``[n, 3]``, where they are rotary.
-            cache: holds what came before; the tokens of this call stay in it.
+            condition: condition tokens, together with slot 0; None for later slots.
+            mask: for condition and slots; None: full attention, to cached tokens too.
+            positions: rotary positions of ``x``, ``[n, 3]``, if the model has them.
+            cache: keys and values of earlier calls; those of this call are added.
         """
         n_condition = 0 if condition is None else condition.shape[1]
         h = x if condition is None else torch.cat([condition, x], dim=1)
@@ -63,16 +64,16 @@ class VideoEncoder(VisionTransformer):
         return self.norm(h[:, n_condition:])
 
     def new_cache(self, n_rows: int, capacity: int) -> KVCache:
-        """For ``capacity`` tokens, the condition's included, in the dtype of the weights."""
+        """A cache for ``capacity`` tokens, condition included, in the dtype of the weights."""
         weight = self.norm.weight
         return KVCache(self.encoder, n_rows, capacity, dtype=weight.dtype, device=weight.device)
 
     def mix(self, anchor: Tensor, features: Tensor) -> Tensor:
-        """What later frames are made from: ``features`` [B, T, Nv, D], ``anchor`` of slot 0."""
+        """Conditions of later frames, from their ``features`` [B, T, Nv, D] and slot 0's."""
         return features if self.mixer is None else self.mixer(anchor, features)
 
     def frame_conditions(self, features: Tensor) -> Tensor:
-        """The same for all slots of a clip, ``[B, T, Nv, D]``: slot 0 stays as it is."""
+        """Conditions of all frames of a clip, ``[B, T, Nv, D]``; frame 0's are its features."""
         if self.mixer is None or features.shape[1] == 1:
             return features
         anchor, later = features[:, :1], features[:, 1:]

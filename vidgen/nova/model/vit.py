@@ -1,4 +1,4 @@
-"""The transformer of both encoders: norms sit behind the sublayers, inside the residual.
+"""The transformer of both encoders, with post-norm: each sublayer's result is normalised.
 
     x <- x + LN(attention(x));  x <- x + LN(MLP(x))
 
@@ -21,14 +21,14 @@ from .config import Encoder, rotary_axes
 
 NORM_EPS = 1e-5
 
-Rows = Tensor | slice  # of a sequence: int64 [B, n], or the same for all batch rows
+Rows = Tensor | slice  # tokens of a sequence: int64 [B, n], or a slice for all batch rows
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once; the first ``length`` tokens hold.
+    """Keys and values of all layers, allocated once; the first ``length`` tokens are valid.
 
-    A pass writes behind them (`extend`, once a layer) and then says how many of its tokens stay
-    (`advance`); the others are written over by the next pass.
+    A pass writes the keys and values of its tokens after them, layer by layer (`extend`), then
+    declares the first n of these tokens valid (`advance`). The next pass overwrites the others.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        """``capacity``: the most tokens that are in it at once."""
+        """``capacity``: the largest number of tokens, those of the running pass included."""
         size = encoder.depth, 2, n_rows, encoder.num_heads, capacity, encoder.head_dim
-        # finite where nothing is written yet: a mask may hide such keys, but not NaN values
+        # not empty: a mask hides keys that are not written yet, but not NaN values
         self.data = torch.zeros(size, dtype=dtype, device=device)
         self.length = 0
 
@@ -51,7 +51,11 @@ class KVCache:
         return self.data.shape[4]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, ``[B, H, length + n, hd]``, with ``n`` new ones."""
+        """Writes n keys and values of a layer; returns all, ``[B, H, length + n, hd]``.
+
+        Raises:
+            ValueError: more tokens than the capacity.
+        """
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"cache: expected at most {self.capacity} tokens, got {end}")
@@ -69,9 +73,9 @@ class KVCache:
 class Pass(NamedTuple):
     """What the layers of one pass over a sequence share."""
 
-    mask: IntervalMask | None = None  # None: all tokens see all, those in the cache too
-    positions: Tensor | None = None  # [n, 3] or [B, n, 3] of the last n tokens: rotary
-    n_condition: int = 0  # tokens in front of them, which are not rotated
+    mask: IntervalMask | None = None  # None: full attention, to cached tokens too
+    positions: Tensor | None = None  # rotary positions of the last n tokens, [n, 3] or [B, n, 3]
+    n_condition: int = 0  # tokens before those, which are not rotated
     cache: KVCache | None = None
 
 
@@ -93,7 +97,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, shared: Pass, ops: Ops, layer: int = 0, rows: Rows | None = None
     ) -> Tensor:
-        """``x`` [B, L, D] to ``[B, L, D]``, or of the queries ``rows`` alone."""
+        """``x`` [B, L, D] to ``[B, L, D]``, or to ``[B, n, D]`` with ``rows`` as the queries."""
         q, k, v = self.heads(x, shared, ops, rows)
         if shared.cache is not None:
             k, v = shared.cache.extend(layer, k, v)
@@ -153,7 +157,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, shared: Pass, ops: Ops, layer: int = 0, rows: Rows | None = None
     ) -> Tensor:
-        """``x`` [B, L, D]; ``[B, n, D]`` where ``rows`` names the n tokens that are wanted."""
+        """``x`` [B, L, D] to ``[B, L, D]``, or to ``[B, n, D]`` for the n tokens ``rows``."""
         f = self.attn(x, shared, ops, layer, rows)
         x = x if rows is None else take(x, rows)
         x = post_norm(ops, x, f, self.norm1)
@@ -166,10 +170,10 @@ def post_norm(ops: Ops, x: Tensor, f: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """Patches, blocks and the last norm; the encoders say who sees whom.
+    """Blocks and the last norm; the two encoders add patches, sequences and masks.
 
     Attributes:
-        gradient_checkpointing: whether training keeps only what each block reads, and runs the
+        gradient_checkpointing: whether training keeps only the input of each block, and runs the
             block again in the backward pass.
     """
 
@@ -183,9 +187,9 @@ class VisionTransformer(nn.Module):
     def run(
         self, x: Tensor, layers: Sequence[int], shared: Pass, rows: Rows | None = None
     ) -> Tensor:
-        """``x`` [B, L, D] through some layers; the last of them gives ``rows`` alone.
+        """Runs ``x`` [B, L, D] through the layers; the last one computes only ``rows``, if given.
 
-        With ``rows`` there is no mask: it would be one of all queries.
+        With ``rows`` there must be no mask, since a mask is for all queries.
         """
         for i in layers:
             wanted = rows if i == layers[-1] else None

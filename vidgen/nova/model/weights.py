@@ -1,4 +1,4 @@
-"""Official checkpoints: state dicts by key, with nothing missing and nothing left over."""
+"""Loads official checkpoints, whose keys have to be exactly those of our modules."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def load_pretrained(
     """The transformer in a folder with config.json and weights, such as the released variants.
 
     Args:
-        size: height and width of the frames in pixels, where they are not those of training.
-        options: replace those of config.json, as ``spatial_attention="set_causal"``.
+        size: height and width of the frames in pixels; default those of training.
+        options: replace those of config.json, for example ``spatial_attention="set_causal"``.
     """
     raw, state = read_folder(folder)
     config = replace(NovaConfig.from_dict(raw), **options)

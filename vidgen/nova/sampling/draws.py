@@ -1,8 +1,8 @@
-"""The random numbers of a run, in the order in which the released pipeline draws them.
+"""The random numbers of a sampling run, in the order in which the released pipeline draws them.
 
-First the order in which the tokens of a frame are made: each sample has its own, all its frames and
-all branches of guidance share it. Then for every set of every frame the noise of a whole latent,
-and for a schedule that adds noise that of every step.
+First the order in which the tokens of a frame are generated; each sample has its own, which all of
+its frames and all branches of guidance share. Then, for every set of every frame, the noise of a
+whole latent, and, for schedules that add noise, the noise of every step.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 class Draws(Protocol):
     def order(self, n_tokens: int) -> Tensor:
-        """Tokens of a frame as they are made, int64 ``[B, N]``."""
+        """The tokens of a frame in the order in which they are generated, int64 ``[B, N]``."""
         ...
 
     def start(self) -> Tensor:
-        """Noise that the next set starts from, ``[B, C, h, w]``."""
+        """The starting noise of the next set, ``[B, C, h, w]``."""
         ...
 
     def during(self, n_steps: int) -> Tensor:
-        """Noise of the steps that add some, ``[n_steps, B, C, h, w]``."""
+        """The noise of the steps that add noise, ``[n_steps, B, C, h, w]``."""
         ...
 
 
 class RandomDraws:
-    """From a generator, on whichever device that is; results are in ``dtype`` on ``device``."""
+    """Draws on the device of the generator; results are in ``dtype`` on ``device``."""
 
     def __init__(
         self,

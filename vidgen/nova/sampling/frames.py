@@ -1,11 +1,13 @@
-"""A frame made set by set: image encoder, denoising loop, and what they are given.
+"""Generates a frame set by set: features by the image encoder, tokens by the denoising loop.
 
-`SortedFrames` keeps all tokens in the order in which they are made, so that a set, and what is
-visible before it, are slices: nothing is gathered or scattered in the loop, only the tokens of the
-last set are embedded, and the last layer computes the rows of the next one alone. `CausalFrames` is
-that for models of ``spatial_attention="set_causal"``, where keys and values of earlier sets stay
-in a cache. `ReleasedFrames` goes through whole latents as the released code does; its results are
-those of `SortedFrames`.
+- `SortedFrames` keeps all tokens in the order in which they are generated. A set, and the tokens
+  visible before it, are then slices: the loop gathers and scatters nothing, embeds only the tokens
+  of the last set, and computes only the rows of the next set in the last layer.
+- `CausalFrames` is the same for models with ``spatial_attention="set_causal"``, with a KV cache.
+- `ReleasedFrames` works on whole latents as the released code does, with the same results as
+  `SortedFrames`.
+
+`sampler.py` calls `Frames.make` for each frame.
 
 Shapes: G branches of guidance, B samples, N tokens of a frame, n of a set, Nv of the video encoder,
 D width, P = p * p * C values of a token.
@@ -34,13 +36,13 @@ from .steps import Step
 
 
 class Frames(ABC):
-    """Makes frames that share schedule, guidance and the order of their tokens.
+    """Generates frames with one schedule, one guidance and one order of tokens.
 
     Args:
-        n_sets: steps of the cosine schedule; those without tokens are left out.
+        n_sets: steps of the cosine schedule; empty sets are left out.
 
     Attributes:
-        sizes: tokens of every set.
+        sizes: the number of tokens in each set.
     """
 
     def __init__(
@@ -60,14 +62,14 @@ class Frames(ABC):
         self.n_noises = sum(step.needs_noise for step in steps)
 
     def sets(self) -> Iterator[tuple[int, int, float]]:
-        """First token of a set and that behind its last, in order, and the guidance scale."""
+        """The sets, as ``first``, ``last`` and the guidance scale: tokens first to last - 1."""
         ends = list(accumulate(self.sizes, initial=0))
         for i in self.progress.track(range(len(self.sizes)), "sets"):
             yield ends[i], ends[i + 1], self.guidance.scale(i, len(self.sizes))
 
     @abstractmethod
     def make(self, condition: Tensor) -> Tensor:
-        """The latents ``[B, C, h, w]`` of a frame, by its condition ``[G B, Nv, D]``."""
+        """The latents ``[B, C, h, w]`` of a frame from its condition ``[G B, Nv, D]``."""
 
 
 class SortedFrames(Frames):
@@ -100,7 +102,11 @@ class SortedFrames(Frames):
         return unpatchify(tokens, self.patch, self.grid)
 
     def predict(self, condition: Tensor, content: list[Tensor], first: int, last: int) -> Tensor:
-        """Features ``[G B, n, D]`` of a set, given the placed patches of all sets before."""
+        """Features ``[G B, n, D]`` of a set.
+
+        Args:
+            content: what `_content` gave for each set before it.
+        """
         encoder, n_condition = self.encoder, condition.shape[1]
         visible = torch.cat([condition[:, :0], *content], dim=1)
         h = encoder.encode(visible, condition, self.ids[:, :first])
@@ -110,7 +116,7 @@ class SortedFrames(Frames):
         return encoder.norm(encoder.run(h, encoder.second_half, shared, rows))
 
     def _content(self, tokens: Tensor, first: int, last: int) -> Tensor:
-        """Placed patches ``[G B, n, D]`` of new tokens ``[B, n, P]``."""
+        """Embedded patches with positions, ``[G B, n, D]``, of new tokens ``[B, n, P]``."""
         patches = self.encoder.patch_embed.of_tokens(tokens)
         return self._all_branches(patches + self.places[:, first:last])
 
@@ -169,7 +175,7 @@ class CausalFrames(SortedFrames):
 
 
 class ReleasedFrames(Frames):
-    """The order of the released code, to compare with."""
+    """As the released code does it, to compare with."""
 
     def make(self, condition: Tensor) -> Tensor:
         model, n_branches = self.model, self.guidance.n_branches

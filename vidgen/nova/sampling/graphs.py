@@ -1,13 +1,14 @@
-"""CUDA graphs of a frame's autoregressive steps: two launches a set instead of thousands.
+"""CUDA graphs for generating a frame: two launches per set instead of thousands.
 
-A graph has fixed shapes, and both the number of visible tokens and the size of a set change from
-set to set. So both are rounded up: there is a graph of the image encoder for every pair of bucket
-sizes, and one of the whole denoising loop for every bucket of set sizes. That is exact: a mask,
-whose bounds are computed in the graph from the number of tokens before the set, hides the padded
-keys, and padded rows of the last layer and of the denoising loop, which never meet others, are
-dropped.
+A graph has fixed shapes, but the number of visible tokens and the size of a set change from set to
+set. Both are rounded up to a bucket size. There is a graph of the image encoder for each pair of
+bucket sizes, and a graph of the whole denoising loop for each bucket of set sizes.
 
-Graphs belong to the frames of one run, whose order of tokens they hold.
+The results are exact. A mask hides padded keys; its bounds are computed inside the graph from the
+number of visible tokens. Padded rows of the last layer and of the denoising loop, which influence
+no other rows, are dropped.
+
+Graphs hold the token order of their run, so they are not reused for another one.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from vidgen.ops import IntervalMask
 from ..model.vit import Pass
 from .frames import SortedFrames
 
-VISIBLE, ROWS = 128, 16  # bucket sizes are multiples of these
+VISIBLE, ROWS = 128, 16  # bucket sizes of visible tokens and of sets are multiples of these
 
 Function = Callable[..., Tensor]
 
 
 class Graphed:
-    """A function of CUDA tensors of fixed shapes, captured in the first call and replayed.
+    """A function of CUDA tensors of fixed shapes; the first call captures it, later ones replay it.
 
-    Every call returns the same tensor, which the next one overwrites.
+    Every call returns the same tensor, which the next call overwrites.
     """
 
     def __init__(self, function: Function) -> None:
@@ -53,7 +54,7 @@ class Graphed:
         self.inputs = [x.clone() for x in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled, tables built
+        with torch.cuda.stream(stream):  # a first run compiles kernels and builds tables
             self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -63,9 +64,9 @@ class Graphed:
 
 
 class BucketedFrames(SortedFrames):
-    """`SortedFrames` in shapes of buckets, each captured by ``capture``.
+    """`SortedFrames` with shapes rounded up to buckets, captured by ``capture``.
 
-    For guidance of one branch or two, of one scale.
+    Guidance may have one or two branches and the same scale for all sets (`has_one_scale`).
     """
 
     capture: Callable[[Function], Function] = Graphed
@@ -74,7 +75,7 @@ class BucketedFrames(SortedFrames):
         super().__init__(*args, **options)
         self.functions: dict[Hashable, Function] = {}
         self.loop = self.denoise
-        # on the device: nothing is copied there in the loop
+        # on the device, so that the loop copies nothing to it
         self.indices = torch.arange(self.order.shape[1], device=self.order.device)
 
     def predict(self, condition: Tensor, content: list[Tensor], first: int, last: int) -> Tensor:
@@ -85,7 +86,7 @@ class BucketedFrames(SortedFrames):
         return features(condition, visible, self.indices[first : first + 1])[:, : last - first]
 
     def _features(self, condition: Tensor, visible: Tensor, first: Tensor, *, n: int) -> Tensor:
-        """``[G B, n, D]`` of the tokens from ``first`` [1] on; those before it are visible."""
+        """Features ``[G B, n, D]`` of n tokens from ``first`` [1] on; those before are visible."""
         encoder, n_condition = self.encoder, condition.shape[1]
         n_visible, n_tokens = visible.shape[1], len(self.indices)
         mask = None

@@ -1,15 +1,16 @@
-"""Guidance between the branches of a NOVA denoising step.
+"""Guidance of NOVA's denoising steps, as in the released code.
 
-Branches are stacked on the batch, the conditional one first. With c, u and i the predictions with
-the prompt, with the negative prompt and, for image guidance, with the negative prompt but the real
-frames (u then sees no frames):
+Branches are stacked on the batch, the conditional one first. c is the prediction with the prompt, u
+with the negative prompt. The renormalised prediction is ``renorm(e) = e clamp(|c| / |e|, r, 1)``.
 
-    e = u + s (c - u)                      then e <- e clamp(|c| / |e|, r, 1)
-    e = u + s (c - i)                      the same, then e <- e + g (i - u)
-    e = u + s (c - u) + t (c - p)          p, the perturbed branch, is the conditional one again
+    two branches         renorm(u + s (c - u))
+    image guidance       renorm(u + s (c - i)) + g (i - u)     i: negative prompt with the frames; u
+                                                               sees no frames then
+    spatiotemporal       renorm(u + s (c - u)) + t (c - p)     p: the perturbed branch, which the
+                                                               released code runs unperturbed
 
-As the released code does. Norms are of all tokens of a sample, those outside the current set
-included, whose "prediction" is the latent itself in every branch.
+Norms are over all tokens of a sample. For tokens outside the current set the prediction is the
+latent itself, in every branch.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Guidance:
         ValueError: numbers out of range, image and spatiotemporal guidance together.
     """
 
-    guidance_scale: float = 5.0  # s; at most 1: the conditional branch alone
-    min_guidance_scale: float | None = None  # s grows linearly from here over the sets of a frame
-    guidance_trunc: float = 0.0  # no guidance at timesteps below
+    guidance_scale: float = 5.0  # s; 1 or less: no guidance, only the conditional branch
+    min_guidance_scale: float | None = None  # s grows linearly from it over the sets of a frame
+    guidance_trunc: float = 0.0  # no guidance once the timestep is below this
     guidance_renorm: float = 1.0  # r
     image_guidance_scale: float = 0.0  # g
     spatiotemporal_guidance_scale: float = 0.0  # t
@@ -58,28 +59,28 @@ class Guidance:
 
     @property
     def is_plain(self) -> bool:
-        """Whether two branches are combined linearly: a sampler step does that by itself."""
+        """Whether there are two branches without renorm, which a sampler step combines itself."""
         return self.n_branches == 2 and self.guidance_renorm == 1
 
     @property
     def has_one_scale(self) -> bool:
-        """Whether all sets have one, and branches are combined linearly if there are several."""
+        """Whether all sets have the same scale, with one branch or with `is_plain` guidance."""
         return (self.is_plain or self.n_branches == 1) and self.min_guidance_scale is None
 
     @property
     def hides_frames(self) -> bool:
-        """Whether the second branch sees `bos_token` in place of every frame."""
+        """Whether the second branch has `bos_token` in place of the frames (image guidance)."""
         return self.n_branches == 3 and bool(self.image_guidance_scale)
 
     def scale(self, step: int, n_steps: int) -> float:
-        """At the set ``step``, counted from 0, of ``n_steps`` that are not empty."""
+        """The scale s of set ``step``, counted from 0, of the ``n_steps`` sets of a frame."""
         if self.min_guidance_scale is None:
             return self.guidance_scale
         rise = self.guidance_scale - self.min_guidance_scale
         return self.min_guidance_scale + rise * (step + 1) / n_steps
 
     def n_guided(self, timesteps: list[float]) -> int:
-        """How many diffusion steps come before the truncation, which is never taken back."""
+        """The number of diffusion steps with guidance: those before the truncation."""
         if self.n_branches == 1:
             return 0
         return next((k for k, t in enumerate(timesteps) if t < self.guidance_trunc), len(timesteps))
@@ -87,11 +88,11 @@ class Guidance:
     def combine(
         self, predictions: Tensor, scale: float, rest: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The guided prediction ``[B, n, P]`` of stacked ``[G B, n, P]``, and that of the rest.
+        """The guided prediction ``[B, n, P]`` of all branches ``[G B, n, P]``, and of ``rest``.
 
         Args:
             rest: the latent ``[B, m, P]`` outside the set, for the norms of `guidance_renorm`;
-                None where ``predictions`` are of all tokens.
+                None where ``predictions`` are for all tokens.
         """
         branches = predictions.chunk(self.n_branches)
         if self.n_branches == 1:

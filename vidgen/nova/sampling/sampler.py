@@ -1,9 +1,9 @@
-"""NOVA's generation: frame after frame, every frame set by set.
+"""NOVA's sampling loop: frame after frame, and each frame set by set (`frames.py`).
 
-Slot t of the video encoder holds what is known before frame t: slot 0 a learned token, slot t > 0
-frame t - 1. Its features are what frame t is made from (`frames.py`); keys and values of earlier
-slots stay in a cache. Times are spread over the clip, so its length must be known, and may be more
-than that of training. Given frames enter in one pass under the block-causal mask.
+Frame t is generated from the video encoder's features of slot t. Slot 0 holds a learned token, slot
+t > 0 frame t - 1; keys and values of earlier slots are cached. The times of frames depend on the
+length of the clip, so it must be known before the first frame; it may exceed that of training.
+Given frames run through the video encoder in one pass under the block-causal mask.
 
 Autoregressive Video Generation without Vector Quantization, arXiv 2412.14169.
 """
@@ -45,8 +45,8 @@ class SamplingConfig:
     max_latent_length: int = 1  # latent frames
     guidance: Guidance = field(default_factory=Guidance)
     schedule: Schedule = field(default_factory=FlowMatching)
-    order: str = "sorted"  # or "official": all work of the released code, to compare with
-    graphs: bool = False  # replay CUDA graphs (`graphs.py`), for guidance of one scale
+    order: str = "sorted"  # or "official": as the released code works, to compare with
+    graphs: bool = False  # replay CUDA graphs (`graphs.py`); needs `Guidance.has_one_scale`
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "num_diffusion_steps", "max_latent_length"):
@@ -70,7 +70,7 @@ def text_condition(
     flow: float | None = None,
     fps: float | None = None,
 ) -> Tensor:
-    """Condition tokens ``[G B, Lc, D]``: the prompts, then what guidance leads away from.
+    """Condition tokens ``[G B, Lc, D]`` of all branches of guidance, the conditional one first.
 
     Raises:
         ValueError: another number of negative prompts than of prompts.
@@ -93,7 +93,7 @@ def class_condition(
     flow: float | None = None,
     fps: float | None = None,
 ) -> Tensor:
-    """The same for classes 0 to 999; guidance leads away from no class."""
+    """`text_condition` for classes 0 to 999; the other branches have the label for no class."""
     for label in labels:
         if not 0 <= label <= N_CLASSES:
             raise ValueError(f"labels: expected 0 to {N_CLASSES}, got {label}")
@@ -107,7 +107,7 @@ def class_condition(
 def _motion(
     model: NovaTransformer, n_rows: int, flow: float | None, fps: float | None
 ) -> dict[str, Tensor | None]:
-    if model.motion_embed is None:  # a model of images has none, whatever the caller's default
+    if model.motion_embed is None:  # models of images ignore the default values
         return {}
     device = model.mask_embed.bos_token.device
     for name, x in (("flow", flow), ("fps", fps)):
@@ -128,18 +128,18 @@ def sample(
     given: Tensor | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Tensor]:
-    """Latents of a clip, frame after frame.
+    """Generates the latents of a clip, frame after frame.
 
     Args:
-        condition: ``[G B, Lc, D]``, of `text_condition` or `class_condition`.
-        given: latents ``[B, C, t, h, w]`` of the first frames: the clip continues them.
+        condition: ``[G B, Lc, D]``, from `text_condition` or `class_condition`.
+        given: latents ``[B, C, t, h, w]`` of the first frames, which the clip continues.
 
     Yields:
         ``given``, if there is one, then ``[B, C, 1, h, w]`` for every new frame.
 
     Raises:
-        ValueError: shapes that do not fit, more frames given than wanted, an order for a model that
-            it is not for.
+        ValueError: shapes that do not fit, more given frames than frames of the clip, or an order
+            that the model does not support.
     """
     _check(model, condition, config, given)
     return _sample(model, condition, config, draws, given, progress)
@@ -180,9 +180,9 @@ def make_frames(
 
 
 class _Slots:
-    """The video encoder with its cache, and the features of slot 0 that later ones mix into.
+    """The video encoder during sampling: its cache, and slot 0's features for the mixer.
 
-    With image guidance the second branch sees a bare token instead of every frame.
+    With image guidance the second branch has the bare `bos_token` in place of every slot.
     """
 
     def __init__(
@@ -196,7 +196,10 @@ class _Slots:
             self.cache = self.encoder.new_cache(len(condition), capacity)
 
     def first(self, given: Tensor | None) -> Tensor:
-        """Slot 0 and those of given frames; the condition ``[G B, Nv, D]`` of the next frame."""
+        """Runs slot 0 and the slots of given frames.
+
+        Returns the condition ``[G B, Nv, D]`` of the frame after them.
+        """
         n_slots = 1 if given is None else 1 + given.shape[2]
         x = self._tokens(given)
         n_tokens = self.model.config.n_video_tokens
@@ -213,7 +216,7 @@ class _Slots:
         return self.encoder.mix(self.anchor, features[:, -1:])[:, 0]
 
     def _tokens(self, past: Tensor | None) -> Tensor:
-        """``[G B, slots * Nv, D]``: those of the past, slot 0 among them when it is the first."""
+        """Input tokens ``[G B, slots * Nv, D]`` of the next slots, which hold ``past``."""
         n_branches = self.guidance.n_branches
         n_samples = len(self.condition) // n_branches
         x = self.model.video_slots(past, self.n_frames, self.t, n_samples)

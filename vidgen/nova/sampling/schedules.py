@@ -1,8 +1,8 @@
-"""NOVA's noise schedules, and how many tokens each set of a frame has.
+"""NOVA's noise schedules, and the sizes of the sets of a frame.
 
-A schedule gives the steps of a run (`steps.py`), each with the timestep that the denoiser sees.
-Both are those of diffusers, which the released pipeline runs, and read their
-scheduler_config.json. The last step of DDPM goes to alpha_bar = 1.
+`FlowMatching` and `DDPM` are the schedulers of diffusers that the released pipeline uses, and read
+its scheduler_config.json. ``schedule.steps(n)`` gives the n steps of a run (`steps.py`), each with
+the timestep that the denoiser is given. The last step of DDPM goes to alpha_bar = 1.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .steps import DDPMStep, EulerStep, Step
 
 
 def set_sizes(n_tokens: int, n_steps: int) -> list[int]:
-    """Tokens that each autoregressive step predicts, by the cosine schedule; some may be 0."""
+    """The number of tokens in each set, by the cosine schedule; sets may be empty."""
     counts = masked_counts(n_tokens, n_steps)
     return [a - b for a, b in itertools.pairwise(counts)]
 
 
 def masked_counts(n_tokens: int, n_steps: int) -> list[int]:
-    """Tokens still masked before each step, and 0 after the last."""
+    """The number of tokens still masked before each set, and 0 after the last."""
     if n_steps < 1:
         raise ValueError(f"n_steps: expected at least 1, got {n_steps}")
     # Python and NumPy both round half to even.
@@ -35,7 +35,7 @@ def masked_counts(n_tokens: int, n_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class MaskRatio:
-    """How much of a frame is masked in training: a normal distribution, cut off on both sides."""
+    """The share of a frame that is masked in training: a truncated normal distribution."""
 
     loc: float = 1.0
     scale: float = 0.25
@@ -44,12 +44,12 @@ class MaskRatio:
 
     @property
     def _ends(self) -> Tensor:
-        """Of the standard normal distribution."""
+        """``low`` and ``high`` in units of the standard normal distribution."""
         ends = torch.tensor([self.low, self.high], dtype=torch.float64)
         return (ends - self.loc) / self.scale
 
     def quantile(self, uniform: Tensor) -> Tensor:
-        """The ratio below which the share ``uniform`` of all draws is, fp64."""
+        """The inverse of the distribution function, fp64: a ratio for each number in [0, 1]."""
         low, high = torch.special.ndtr(self._ends)
         return self.loc + self.scale * torch.special.ndtri(low + uniform.double() * (high - low))
 
@@ -69,7 +69,7 @@ class FlowMatching:
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
-    table_shift: float | None = None  # of the levels between which the steps lie; default: `shift`
+    table_shift: float | None = None  # of the range that steps are spaced over; default: `shift`
 
     def __post_init__(self) -> None:
         if self.num_train_timesteps < 1:
@@ -83,17 +83,22 @@ class FlowMatching:
         return cls(**_options(cls, config, FLOW_MATCHING_FIXED))
 
     def training_sigmas(self, *, base: bool = False) -> Tensor:
-        """Descending, fp32 ``[num_train_timesteps]``; the timesteps are ``sigma * n``."""
+        """Descending, fp32 ``[num_train_timesteps]``; the timesteps are ``sigma * n``.
+
+        Args:
+            base: shifted by `table_shift` instead of `shift`.
+        """
         n = self.num_train_timesteps
         sigmas = torch.arange(n, 0, -1, dtype=torch.float64) / n
         shift = self.table_shift if base and self.table_shift is not None else self.shift
         return _shifted(sigmas, shift).float()
 
     def sigmas(self, n_steps: int) -> Tensor:
-        """Evenly spaced over the training levels, then shifted, so the lowest ones twice; then 0.
+        """Noise levels of a run, descending to 0, fp32 ``[n_steps + 1]``.
 
-        fp32 ``[n_steps + 1]``. A shift that is set after construction leaves the levels between
-        which the steps are spaced where they were: that is `table_shift`.
+        As in diffusers they are evenly spaced between the ends of the training levels, which are
+        shifted already, and then shifted. Setting diffusers' shift after construction does not
+        change those ends: `table_shift` is the shift that they have.
         """
         _check_steps(n_steps, self.num_train_timesteps)
         ends = self.training_sigmas(base=True)[[0, -1]].tolist()
@@ -172,7 +177,7 @@ class DDPM:
         elif self.timestep_spacing == "leading":
             spaced = torch.arange(n_steps).flip(0) * (n // n_steps) + self.steps_offset
         else:
-            # the sums of numpy.arange: where the exact number is halfway, its rounding decides
+            # computed as numpy.arange does, whose rounding decides where the number is halfway
             step = (n - n / n_steps) - n
             spaced = (n + torch.arange(n_steps, dtype=torch.float64) * step).round() - 1
         return spaced.long().tolist()

@@ -1,10 +1,11 @@
-"""Single steps of a noise schedule: each goes from x to the next x, given the prediction.
+"""Single steps of a noise schedule: from x to the next x, given the denoiser's prediction.
 
     flow matching   x' = x + (sigma_next - sigma) v
     DDPM            x' = sqrt(a_prev) b / (1 - a) x0 + sqrt(a / a_prev) (1 - a_prev) / (1 - a) x
                          + sigma noise,   x0 = (x - sqrt(1 - a) e) / sqrt(a),   b = 1 - a / a_prev
 
-with ``a`` = alpha_bar. With ``uncond`` the prediction is guided, as in `euler_step`.
+with ``a`` = alpha_bar, v and e the prediction. Given ``uncond``, the prediction is
+``uncond + guidance * (prediction - uncond)``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class DDPMStep(NamedTuple):
     std: float
     a_x: float
     a_v: float
-    clip: float | None  # x0 is kept within
+    clip: float | None  # x0 is clipped to [-clip, clip]
 
     @property
     def needs_noise(self) -> bool:
@@ -72,7 +73,7 @@ class DDPMStep(NamedTuple):
             return ops.linear_step(
                 x, prediction, step, uncond=uncond, guidance=guidance, noise=noise
             )[0]
-        # x0 in the wide type; what clips it is not linear
+        # clipping is not linear: x0, in fp32 or wider, is a step of its own
         x0_step = LinearStep(a_x=self.a_x, a_v=self.a_v)
         _, x0 = ops.linear_step(
             x, prediction, x0_step, uncond=uncond, guidance=guidance, return_x0=True

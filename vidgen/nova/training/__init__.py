@@ -1,1 +1,1 @@
-"""The training objective."""
+"""The training loss, and the objective of `vidgen train`."""

@@ -1,16 +1,17 @@
-"""NOVA's training objective: every masked token of every frame, by a diffusion loss of its own.
+"""NOVA's training loss: a diffusion loss for each masked token of each frame.
 
-One pass of the video encoder over the clip gives each frame its condition, one pass of the image
-encoder over all frames, each with most of its tokens masked, gives each token z, and the denoising
-MLP is asked, R times with other noise, what was mixed into it:
+One pass of the video encoder over the clip gives the condition of each frame. One pass of the image
+encoder over all frames, with most of their tokens masked, gives the feature z of each token. Then
+noise is added to the masked tokens, R times with different noise, and the denoising MLP predicts
+the target from the noisy token and z:
 
     flow matching   x_t = sigma noise + (1 - sigma) x,   target noise - x,   sigma = sigmoid(normal)
     DDPM            x_t = sqrt(a_t) x + sqrt(1 - a_t) noise,   target noise,   t uniform
 
     loss = sum over masked tokens of the mean square error / (their number + 1e-5)
 
-Of a clip the first frame (text to image) and the later ones (image to video) are terms of their
-own, scaled as if each were all frames.
+For a clip of T > 1 frames the first frame (text to image) and the later ones (image to video) are
+separate terms, each scaled as if all T frames belonged to it.
 
 Shapes: B clips of T frames, frame t of clip b is row ``b * T + t``; N tokens of a frame; latents
 [B, C, T, h, w], scaled as the VAE says.
@@ -33,29 +34,37 @@ from ..model.video_encoder import block_causal_mask
 from ..model.vit import take
 from ..sampling.schedules import DDPM, MaskRatio, Schedule
 
-REPEATS = 4  # of the diffusion loss on one z
+REPEATS = 4  # R: how often the diffusion loss is computed for each z
 CONDITION_DROPOUT = 0.1  # share of samples that are trained without text or class
 
 
 class TrainingDraws(NamedTuple):
-    """All random numbers of a step.
+    """All random numbers of a training step.
 
-    ``order`` says, first to last, which tokens are there already and which are asked for: of the
-    first ``n_visible`` nothing is asked. With ``spatial_attention="set_causal"`` the order is that
-    of the sets, all tokens are asked for and ``n_visible`` is 0.
+    The first ``n_visible`` tokens of ``order`` are visible, the others are masked and predicted.
+    With ``spatial_attention="set_causal"`` the order is cut into sets, all tokens are predicted and
+    ``n_visible`` is 0.
     """
 
     order: Tensor  # int64 [B * T, N]
     n_visible: int
     noise: Tensor  # [R * B * T, N, p * p * C], the repeats one after another
-    index: Tensor  # int64 [R * B * T, N], the place of the token's noise level in the schedule
+    index: Tensor  # int64 [R * B * T, N], of the token's noise level in the schedule
+
+
+class Noised(NamedTuple):
+    """Tokens with noise, and what the MLP should predict for them."""
+
+    tokens: Tensor  # [rows, n, p * p * C]
+    timestep: Tensor  # [rows, n]
+    target: Tensor  # [rows, n, p * p * C]
 
 
 class Losses(NamedTuple):
-    """Terms to be added; a model of images has one."""
+    """``terms`` are added to the loss: one for images, two for clips."""
 
     terms: dict[str, Tensor]
-    predictions: Tensor  # of the tokens asked for, [R * B * T, n, p * p * C], by `targets_of`
+    predictions: Tensor  # for the masked tokens in ascending order, [R * B * T, n, p * p * C]
 
     @property
     def total(self) -> Tensor:
@@ -71,10 +80,10 @@ def draw(
     ratio: MaskRatio | None = None,
     repeats: int = REPEATS,
 ) -> TrainingDraws:
-    """The random numbers of a step, from a seed or a generator on the latents' device.
+    """Draws the random numbers of a step, from a seed or a generator on the latents' device.
 
     Args:
-        ratio: how much of the frames is masked, the same share of all.
+        ratio: the distribution of the masked share, which is drawn once for all frames.
     """
     if isinstance(seed, int):
         seed = torch.Generator(latents.device).manual_seed(seed)
@@ -115,10 +124,10 @@ def training_step(
     """The losses of a batch of clips; T = 1 trains on images.
 
     Args:
-        condition: `NovaTransformer.condition`'s, ``[B, Lc, D]``.
-        set_sizes: of a frame's sets, with ``spatial_attention="set_causal"``.
-        official_order: denoise all tokens as the released code does, with nothing hoisted, and
-            give those that are not asked for no weight. The same losses.
+        condition: of `NovaTransformer.condition`, ``[B, Lc, D]``.
+        set_sizes: for ``spatial_attention="set_causal"``, the sizes of a frame's sets.
+        official_order: run the MLP on all tokens as the released code does, and give visible tokens
+            the weight 0. The losses are the same.
     """
     _check(model.config, latents, condition, draws)
     conditions = frame_conditions(model, latents, condition).flatten(0, 1)
@@ -131,7 +140,7 @@ def training_step(
 
 
 def frame_conditions(model: NovaTransformer, latents: Tensor, condition: Tensor) -> Tensor:
-    """What each frame is made from, ``[B, T, Nv, D]``, from the condition and frames before it."""
+    """The condition of each frame, ``[B, T, Nv, D]``, from the text and the frames before it."""
     n_rows, _, n_frames, *_ = latents.shape
     slots = model.video_slots(latents[:, :, :-1], n_frames, 0, n_rows)
     mask = block_causal_mask(condition.shape[1], slots.shape[2], n_frames, latents.device)
@@ -151,7 +160,12 @@ def spatial_features(
     draws: TrainingDraws,
     set_sizes: Sequence[int] = (),
 ) -> Tensor:
-    """z of all tokens ``[B * T, N, D]``; frames ``[B * T, C, h, w]``, conditions by the frame."""
+    """The features z ``[B * T, N, D]`` of all tokens.
+
+    Args:
+        frames: latents ``[B * T, C, h, w]``.
+        conditions: ``[B * T, Nv, D]``.
+    """
     encoder = model.image_encoder
     tokens = encoder.patch_embed(frames)
     if model.config.spatial_attention == "set_causal":
@@ -178,29 +192,27 @@ def diffusion_losses(
     *,
     official_order: bool = False,
 ) -> Losses:
-    """The losses, by the features z ``[B * T, N, D]`` of the tokens of ``frames``."""
+    """The losses, given the features z ``[B * T, N, D]`` of the tokens of ``frames``."""
     tokens = patchify(frames, model.config.patch)
     repeats = len(draws.noise) // len(tokens)
     if official_order:
-        noised, timestep, target = noising(tokens.repeat(repeats, 1, 1), draws, schedule)
-        latents = unpatchify(noised, model.config.patch, model.config.image_grid)
+        noised = add_noise(tokens.repeat(repeats, 1, 1), draws, schedule)
+        latents = unpatchify(noised.tokens, model.config.patch, model.config.image_grid)
         z = z.repeat(repeats, 1, 1)
-        predictions = model.image_decoder.forward_latents(latents, timestep, z)
+        predictions = model.image_decoder.forward_latents(latents, noised.timestep, z)
         weight = (~is_visible(draws)).repeat(repeats, 1)
     else:
         asked = draws.order[:, draws.n_visible :].sort(dim=1).values
         rows = asked.repeat(repeats, 1)
         some = draws._replace(noise=take(draws.noise, rows), index=draws.index.gather(1, rows))
-        noised, timestep, target = noising(
-            take(tokens, asked).repeat(repeats, 1, 1), some, schedule
-        )
+        noised = add_noise(take(tokens, asked).repeat(repeats, 1, 1), some, schedule)
         c = model.image_decoder.embed_condition(take(z, asked)).repeat(repeats, 1, 1)
         c = c + _embed_times(model, some.index, schedule)
-        predictions = model.image_decoder(noised, c)
+        predictions = model.image_decoder(noised.tokens, c)
         weight = torch.ones_like(rows, dtype=torch.bool)
 
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    error = (predictions.to(dtype) - target.to(dtype)).square().mean(dim=-1)
+    error = (predictions.to(dtype) - noised.target.to(dtype)).square().mean(dim=-1)
     error = error * weight / (weight.sum() + 1e-5)
     terms = {"loss": error.sum()}
     if n_frames > 1:
@@ -212,55 +224,63 @@ def diffusion_losses(
     return Losses(terms, predictions)
 
 
-def noising(
-    tokens: Tensor, draws: TrainingDraws, schedule: Schedule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised tokens, their timesteps ``[rows, n]``, and what the MLP should say of each."""
+def add_noise(tokens: Tensor, draws: TrainingDraws, schedule: Schedule) -> Noised:
+    """Mixes the clean ``tokens`` [rows, n, p * p * C] with the noise of ``draws``."""
     noise = draws.noise
-    timesteps, signal, amount = (x[draws.index] for x in _levels(schedule, tokens))
+    timestep, signal, amount = (x[draws.index] for x in _levels(schedule, tokens))
     noised = amount[..., None] * noise + signal[..., None] * tokens
     target = noise if isinstance(schedule, DDPM) else noise - tokens
-    return noised, timesteps, target
+    return Noised(noised, timestep, target)
 
 
-def _levels(schedule: Schedule, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Timestep, and amounts of signal and noise, of every place in the schedule."""
+class _Levels(NamedTuple):
+    """Timestep and amounts of signal and noise, each ``[num_train_timesteps]``."""
+
+    timestep: Tensor
+    signal: Tensor
+    noise: Tensor
+
+
+def _levels(schedule: Schedule, like: Tensor) -> _Levels:
+    """``signal`` and ``noise`` in the dtype and on the device of ``like``."""
     n = schedule.num_train_timesteps
     if isinstance(schedule, DDPM):
         if schedule.prediction_type != "epsilon":
             expected = f"prediction_type: expected 'epsilon', got {schedule.prediction_type!r}"
             raise ValueError(f"{expected}, which sampling alone is built for")
         alpha = schedule.alphas_cumprod.to(like)
-        return torch.arange(n, device=like.device).float(), alpha.sqrt(), (1 - alpha).sqrt()
+        timestep = torch.arange(n, device=like.device).float()
+        return _Levels(timestep, alpha.sqrt(), (1 - alpha).sqrt())
     sigma = schedule.training_sigmas().to(like.device)
-    return sigma * n, (1 - sigma).to(like), sigma.to(like)
+    return _Levels(sigma * n, (1 - sigma).to(like), sigma.to(like))
 
 
 def _embed_times(model: NovaTransformer, index: Tensor, schedule: Schedule) -> Tensor:
-    """``[rows, n, M]``: of every place in the schedule once where that is less."""
-    timesteps = _levels(schedule, model.image_decoder.head.weight)[0]
+    """``[rows, n, M]``. Where tokens outnumber timesteps, each timestep is embedded once."""
+    timesteps = _levels(schedule, model.image_decoder.head.weight).timestep
     if index.numel() <= len(timesteps):
         return model.image_decoder.embed_time(timesteps[index])
     return F.embedding(index, model.image_decoder.embed_time(timesteps))
 
 
 def drop_texts(texts: Sequence[Tensor], drop: Tensor) -> list[Tensor]:
-    """Features ``[n, text_token_dim]`` of each text, of an empty one where ``drop`` (bool [B]).
+    """Features ``[n, text_token_dim]`` of each text, of the empty text where ``drop`` [B] is true.
 
-    Which is the table of `TextEmbed` alone. The released models dropped `CONDITION_DROPOUT`.
+    The released training drops a share of `CONDITION_DROPOUT`.
     """
     return [x[:0] if d else x for x, d in zip(texts, drop.tolist(), strict=True)]
 
 
 def drop_labels(labels: Tensor, drop: Tensor) -> Tensor:
-    """``labels`` [B], no class where ``drop`` (bool [B])."""
+    """``labels`` [B], or the label for no class where ``drop`` [B] is true."""
     return labels.masked_fill(drop, N_CLASSES)
 
 
 def freeze(model: NovaTransformer) -> list[str]:
-    """Switches gradients off where the released models were not trained; the parameters' names.
+    """Turns off the gradients of the weights that the released training kept fixed; their names.
 
-    The norm of the text and motion; for images also what embeds the latents and times of a video.
+    These are the norm of the text and the motion embedding, for models of images also the
+    embeddings of latents and times in the video encoder.
     """
     frozen: list[tuple[str, nn.Module | None]] = [("motion_embed", model.motion_embed)]
     if model.text_embed is not None:

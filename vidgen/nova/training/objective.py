@@ -1,8 +1,8 @@
-"""NOVA's loss on a batch of `vidgen train`.
+"""`vidgen train nova`: reads samples, and computes the loss of a batch.
 
-A sample is safetensors with ``latents`` [C, T, h, w], scaled as the VAE says, T = 1 for an image,
-and ``prompt_embeds.0`` [n, D], as a file of features for `vidgen generate` has it; for models of
-classes ``label`` [1] instead. ``flow`` [1] and ``fps`` [1] of a video may be there too.
+A sample is a safetensors file with ``latents`` [C, T, h, w], scaled by the VAE's scaling factor, T
+= 1 for an image, and ``prompt_embeds.0`` [n, D], as in a file of features for `vidgen generate`;
+for models of classes ``label`` [1] instead. ``flow`` [1] and ``fps`` [1] of a video are optional.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ MOTION = {"flow": DEFAULT_FLOW, "fps": DEFAULT_FPS}
 
 
 class NovaObjective(Objective):
-    """``n_sets`` of a frame are what a model with set-causal attention is trained on."""
+    """NOVA with its loss.
+
+    Args:
+        n_sets: of a frame, for models with set-causal attention.
+    """
 
     same = ("latents",)
 
@@ -78,7 +82,10 @@ class NovaObjective(Objective):
             return losses.total + self._untouched(latents)
 
     def _untouched(self, latents: Tensor) -> Tensor:
-        """0, of what a single frame does not reach: several processes wait for all gradients."""
+        """0, computed from the weights that a single frame does not use.
+
+        Training in several processes waits for the gradients of all weights.
+        """
         encoder = self.model.video_encoder
         if latents.shape[2] > 1 or not self.model.config.has_motion:
             return latents.new_zeros(())
@@ -86,7 +93,7 @@ class NovaObjective(Objective):
         return 0 * torch.stack([p.sum() for m in modules for p in m.parameters()]).sum()
 
     def _conditions(self, batch: Batch) -> dict[str, Any]:
-        """What `NovaTransformer.condition` takes."""
+        """Arguments of `NovaTransformer.condition`."""
         drop, config = batch.dropped(self.prompt_dropout), self.model.config
         found: dict[str, Any] = {}
         if config.text_token_dim is None:
@@ -99,7 +106,7 @@ class NovaObjective(Objective):
         return found
 
     def _draw(self, latents: Tensor, batch: Batch) -> TrainingDraws:
-        """As `draw`, each clip from its own generator; all processes mask the same share."""
+        """As `draw`, but each clip has its own generator; the masked share is the same for all."""
         n_frames = latents.shape[2]
         n_visible = draw(latents[:1, :, :1], self.model, self.schedule, batch.shared).n_visible
         order, noise, index = [], [], []
@@ -113,7 +120,7 @@ class NovaObjective(Objective):
 
 
 def _one(name: str, x: Tensor) -> Tensor:
-    """A number."""
+    """``x`` as a scalar tensor. Raises ValueError unless it is one number."""
     if x.numel() != 1:
         raise ValueError(f"{name}: expected shape [1], got {list(x.shape)}")
     return x.reshape(())

@@ -13,10 +13,10 @@ N_FRAME_STAGES = 2  # the encoder's first stages work on each frame by itself
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of a `VideoVAE`, named as in config.json, preset as in the released model.
+    """Sizes of a `VideoVAE`, named as in config.json; the defaults are those of the released model.
 
-    Channels run from the outermost stage to the innermost one, for the decoder as well. All stages
-    but the last halve rows and columns, all but the last two frames.
+    ``block_out_channels`` goes from the outermost stage to the innermost one, for the decoder too.
+    All stages but the last one halve rows and columns; all but the last two halve frames.
     """
 
     in_channels: int = 3
@@ -42,11 +42,10 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
-        """A config.json; keys left out have the released values.
+        """From the contents of a config.json; missing keys have the released values.
 
         Raises:
-            ValueError: for a key that is not known, and for a known one whose value asks for
-                something that is not here (the released model does not).
+            ValueError: an unknown key, or a value that we do not support.
         """
         sizes = {field.name for field in fields(cls)}
         own = cls(**{k: _tuple(x) for k, x in config.items() if k in sizes})
@@ -83,7 +82,7 @@ def _tuple(value: Any) -> Any:
 
 RELEASED = VAEConfig()
 
-# Keys of config.json with one value only ...
+# Keys of config.json for which we support one value ...
 FIXED = {
     "_class_name": "AutoencoderKLOpenSora",
     "act_fn": "silu",
@@ -94,5 +93,5 @@ FIXED = {
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
-# ... and those that change nothing.
+# ... and keys that do not affect results.
 IRRELEVANT = {"_diffusers_version", "_name_or_path", "force_upcast", "sample_size"}

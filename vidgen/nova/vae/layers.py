@@ -1,7 +1,7 @@
-"""The layers of the causal video VAE, all of them from ``[B, C, T, H, W]`` to the same.
+"""The layers of the causal video VAE; inputs and results are ``[B, C, T, H, W]``.
 
-Convolutions see the past only, but normalisation spans all frames of the clip that a layer is
-given; in the encoder's outer stages everything concerns one frame at a time.
+Convolutions read only the present and past frames, but norms are over all frames of the clip. The
+outer stages of the encoder work on each frame by itself.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from vidgen.common.layers import FrameAttention
 from .config import N_FRAME_STAGES, VAEConfig
 
 EPS = 1e-6
-NORM_PARTS = 8  # a normalised copy is made of so many parts of the channels, one at a time
+NORM_PARTS = 8  # without gradients, channels are normalised in this many parts, to save memory
 
 
 class FrameGroupNorm(nn.GroupNorm):
@@ -29,7 +29,7 @@ class FrameGroupNorm(nn.GroupNorm):
 class FrameConv(nn.Conv2d):
     """Convolution of each frame by itself, 3 x 3 or 1 x 1.
 
-    Around a frame there are zeros; with stride 2 only to its right and below it.
+    Frames are padded with zeros: on all sides, or with stride 2 only right and below.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class FrameConv(nn.Conv2d):
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution whose last tap in time is the present: 3 x 3 x 3, 1 x 3 x 3 or 1 x 1 x 1.
+    """Convolution over the present and past frames: 3 x 3 x 3, 1 x 3 x 3 or 1 x 1 x 1.
 
-    Before the first frame there are copies of it. Around a frame there are zeros; with stride 2,
-    which is one in time as well, only to its right and below it.
+    In time, the clip is padded with copies of its first frame. In space, frames are padded with
+    zeros: on all sides, or with stride 2 (in time as well) only right and below.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, (time, rows, columns), stride, padding)
 
     def forward(self, input: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
-        """``conv(x)``, or ``conv(silu(norm(x)))``, written at once where the convolution reads."""
+        """``conv(x)``, or ``conv(silu(norm(x)))`` without a copy for the padding in time."""
         x = _with_past(input, norm, self.kernel_size[0] - 1)
         return super().forward(_pad_end(x, self.stride[2]))
 
 
 def _to_frames(x: Tensor) -> Tensor:
-    """[B T, C, H, W], a view of what `_from_frames` gave."""
+    """``[B T, C, H, W]``; no copy of what `_from_frames` returned."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def _from_frames(frames: Tensor, shape: torch.Size) -> Tensor:
-    """Clips again, of the batch and number of frames in ``shape``."""
+    """The inverse of `_to_frames`, for clips of ``shape``."""
     return frames.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
 
 
@@ -88,12 +88,12 @@ def _activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def _with_past(x: Tensor, norm: nn.GroupNorm | None, n_past: int) -> Tensor:
-    """``x``, or ``silu(norm(x))``, behind ``n_past`` copies of its first frame."""
+    """``x``, or ``silu(norm(x))``, with ``n_past`` copies of its first frame in front."""
     if norm is None or torch.is_grad_enabled() or not n_past:
         x = x if norm is None else _activated(norm, x)
         past = x[:, :, :1].expand(-1, -1, n_past, -1, -1)
         return torch.cat([past, x], dim=2) if n_past else x
-    # Groups are independent: besides x and the result, nothing here is larger than a few of them.
+    # Groups are normalised a few at a time, so that no further tensor of the size of x is needed.
     out = x.new_empty(*x.shape[:2], n_past + x.shape[2], *x.shape[3:])
     size, n_groups = x.shape[1] // norm.num_groups, -(-norm.num_groups // NORM_PARTS)
     for begin in range(0, norm.num_groups, n_groups):
@@ -127,7 +127,7 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.resnets = _resnets(channels, channels, 2, groups, is_3d=True)
-        norm = nn.GroupNorm(groups, channels, EPS)  # the clip is normalised as one
+        norm = nn.GroupNorm(groups, channels, EPS)  # over the whole clip, not frame by frame
         self.attentions = nn.ModuleList([FrameAttention(channels, norm)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, each from 2 n to n, and by the 3-D one of 2 n + 1 frames n + 1."""
+    """Halves rows and columns; the 3-D one also makes n + 1 frames of 2 n + 1."""
 
     def __init__(self, channels: int, is_3d: bool) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns, and twice the frames after the first where ``in_time``."""
+    """Doubles rows and columns, and with ``in_time`` all frames but the first."""
 
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
@@ -157,13 +157,13 @@ class Upsample(nn.Module):
         if not self.in_time:
             return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))
         parts = [F.interpolate(x[:, :, :1], scale_factor=(1, 2, 2), mode="trilinear")]
-        if x.shape[2] > 1:  # which the first frame is no neighbour of
+        if x.shape[2] > 1:  # interpolated without the first frame
             parts.append(F.interpolate(x[:, :, 1:], scale_factor=(2, 2, 2), mode="trilinear"))
         return self.conv(torch.cat(parts, dim=2))
 
 
 class Stage(nn.Module):
-    """Residual blocks, then what changes the size."""
+    """Residual blocks, then a layer that changes the size (but for the last stage)."""
 
     def __init__(self, resnets: nn.ModuleList) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Stage(nn.Module):
 
 
 def _run(x: Tensor, layers: Iterable[nn.Module]) -> Tensor:
-    """One layer after the other in one loop: a nested one would hold on to its first input."""
+    """Runs the layers in one loop; nested modules would keep their first input alive."""
     for layer in layers:
         x = layer(x)
     return x

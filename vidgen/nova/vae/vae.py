@@ -1,16 +1,16 @@
-"""The VAEs of NOVA behind one interface: video in [-1, 1] to scaled latents and back.
+"""The VAEs of NOVA with one interface: video in [-1, 1] to scaled latents and back.
 
 `ImageVAE` is the 8 x 8 autoencoder of Stable Diffusion, for models of images. `VideoVAE` is the
-causal one of Open-Sora-Plan, 8 x 8 pixels and 4 frames to one latent of 4 channels: frame 0 is
-coded alone, every 4 later frames give one latent frame, ``F = 1 + 4 (T - 1)``.
+causal VAE of Open-Sora-Plan: 8 x 8 pixels and 4 frames become one latent of 4 channels. Frame 0 is
+encoded alone, then every 4 frames give one latent frame, ``F = 1 + 4 (T - 1)``.
 
-`VideoVAE` goes through time as the released code does, in tiles of 17 frames or 5 latent frames
-which share one with the tile before. A tile is coded as a video of its own, and what the first,
-shared one gives is dropped. So a tile knows nothing of earlier ones: unlike chunks that remember
-the inputs of convolutions, tiles are not what one pass over the whole video gives, but they are
-what the released results are. (Chunks could not be exact here: normalisation spans all frames.)
-The released code also drops all tiles that are not complete, so that 8 latent frames give 17
-frames; here the last tile may be shorter, and they give 29.
+As in the released code, `VideoVAE` works in tiles of 17 frames or 5 latent frames; the first frame
+of a tile is the last one of the tile before. Each tile is encoded or decoded as a video of its own,
+and the result for the shared frame is dropped. This differs from one pass over the whole video, but
+it is what the released code computes. (Chunks that carry over the inputs of convolutions would not
+give the result of one pass either, since norms are over all frames.) The released code drops an
+incomplete last tile, so that 8 latent frames give 17 frames; here that tile is decoded too, and
+they give 29.
 
 Shapes: B batch, C channels, F pixel frames, T latent frames, H x W pixels, h x w latents.
 Module names are those of the released checkpoints; paper: Deng et al., Autoregressive Video
@@ -37,14 +37,14 @@ TILE_LATENTS = 5  # latent frames to a tile, the first one shared with the tile 
 
 
 class VAE(nn.Module, ABC):
-    """Encoder and decoder; latents are scaled as the transformer wants them.
+    """Encoder and decoder; latents are scaled as the transformer expects them.
 
     Attributes:
         latent_channels: C.
         scaling_factor: latents are samples of the posterior times this.
-        spatial_factor: pixels to a latent, in rows and in columns.
-        temporal_factor: frames to a latent frame after the first.
-        overflows_in_fp16: whether its config.json asks for fp32 in place of fp16.
+        spatial_factor: pixels per latent, in rows and in columns.
+        temporal_factor: frames per latent frame, after the first.
+        overflows_in_fp16: whether its config.json asks for fp32 instead of fp16.
     """
 
     latent_channels: int
@@ -55,11 +55,11 @@ class VAE(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return next(self.parameters()).dtype
 
     def latents_to_frames(self, n_latents: int) -> int:
-        """Frames decoded from so many latent frames."""
+        """The number of frames that ``n_latents`` latent frames are decoded to."""
         return 1 + self.temporal_factor * (n_latents - 1)
 
     def posterior(self, video: Tensor) -> Posterior:
@@ -102,17 +102,17 @@ class VAE(nn.Module, ABC):
         return torch.cat(list(self.decode_chunks(latents)), dim=2)
 
     def decode_chunks(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """`decode`, part after part, in memory that does not depend on the video's length.
+        """`decode` in parts, with memory that does not depend on the length of the video.
 
         Args:
-            latents: as for `decode`; or chunks of any number of latent frames, each as it comes,
-                for example from a sampler that is still at work on the next one.
+            latents: as for `decode`; or an iterator of chunks of any number of latent frames, for
+                example a sampler that is still running.
 
         Yields:
-            The frames of each part, which follow those of the part before.
+            The frames of one part after another.
         """
         if isinstance(latents, Tensor):
-            self._check_latents(latents)  # now, not when the first part is asked for
+            self._check_latents(latents)  # now, not when the first part is requested
             latents = [latents]
         return self._decode_tiles(self._unscaled(latents))
 
@@ -133,11 +133,11 @@ class VAE(nn.Module, ABC):
 
     @abstractmethod
     def _encode_tiles(self, video: Tensor) -> Iterator[Tensor]:
-        """Moments ``[B, 2 C, T, h, w]``, part after part."""
+        """Moments ``[B, 2 C, T, h, w]`` in parts."""
 
     @abstractmethod
     def _decode_tiles(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Frames of unscaled latents, part after part."""
+        """Frames of unscaled latents, in parts."""
 
 
 class VideoVAE(VAE):
@@ -166,7 +166,7 @@ class VideoVAE(VAE):
 
 
 class ImageVAE(VAE):
-    """The autoencoder of diffusers; the frames of a video are coded one by one.
+    """The autoencoder of diffusers; the frames of a video are encoded and decoded one by one.
 
     Args:
         model: an ``AutoencoderKL``. That of Stable Diffusion XL overflows in fp16 (its config says
@@ -200,9 +200,9 @@ def time_tiles(
     chunks: Iterable[Tensor],  # [B, C, any number of frames, H, W]
     size: int,
 ) -> Iterator[Tensor]:
-    """``size`` frames at a time, the first of them the last of the tile before.
+    """Tiles of ``size`` frames, each beginning with the last frame of the tile before.
 
-    The last tile has what is left, if that is more than the shared frame.
+    The last tile may be shorter; there is none if only the shared frame is left.
     """
     held, is_first = None, True
     for chunk in chunks:
@@ -217,7 +217,7 @@ def time_tiles(
 def load_vae(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> VAE:
     """The VAE of a config.json with the weights of a checkpoint, in their dtype.
 
-    Which one is said by ``_class_name``: ``AutoencoderKL`` that of images, else that of video.
+    An `ImageVAE` if ``_class_name`` is ``AutoencoderKL``, else a `VideoVAE`.
     Errors: `load_exactly`.
     """
     with torch.device("meta"):

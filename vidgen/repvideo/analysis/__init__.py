@@ -1,1 +1,1 @@
-"""What the layers do with the frames of a video: measured, and drawn."""
+"""Measures and plots what the layers do with the frames of a video."""

@@ -1,7 +1,7 @@
 """`vidgen analyze`: what RepVideo's or CogVideoX's layers do with the frames of a video.
 
-Runs a short sampling and writes analysis.json, similarity.png, attention_share.png and
-attention_frames.png to a new folder; see `analysis` for what they hold.
+Samples a video in a few steps while `observe` measures, and writes analysis.json, similarity.png,
+attention_share.png and attention_frames.png to a new folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def analyze(args: argparse.Namespace) -> None:
-    pyplot = _pyplot()  # absent matplotlib shows before the work
+    pyplot = _pyplot()  # first, so that a missing matplotlib is reported before the work
     check_new(args.output, "folder")
     with Bars() as progress:
         common = read_common(args, progress)
@@ -62,7 +62,7 @@ def analyze(args: argparse.Namespace) -> None:
     write_json(args.output / "analysis.json", found)
     for name, plot in PLOTS.items():
         if plot is plot_similarity and found.n_frames == 1:
-            continue  # of one frame there is none
+            continue  # one frame has no adjacent ones
         figure = plot(pyplot, found)
         with written_whole(args.output / name) as path:
             figure.savefig(path, dpi=130)
@@ -70,7 +70,7 @@ def analyze(args: argparse.Namespace) -> None:
 
 
 def write_json(path: Path, found: Observations) -> None:
-    """All numbers, with what they mean."""
+    """Writes all numbers, with a description of each."""
     similarity, attention = stacked(found)
     data = {
         "timesteps": found.timesteps,
@@ -93,7 +93,10 @@ def stacked(found: Observations) -> tuple[Tensor, Tensor]:
 
 
 def shares(attention: Tensor) -> Tensor:
-    """Of the frames' attention ``[..., G, G]``, mean over frames, by `SHARES` ``[..., 4]``."""
+    """How the frames' attention ``[..., G, G]`` is shared among `SHARES`, ``[..., 4]``.
+
+    The mean over the frames that queries are in.
+    """
     n = attention.shape[-1] - 1
     distance = (torch.arange(n)[:, None] - torch.arange(n)).abs()
     from_frames = attention[..., 1:, :]
@@ -127,7 +130,7 @@ def plot_shares(pyplot: Any, found: Observations) -> Any:
 
 
 def plot_frames(pyplot: Any, found: Observations) -> Any:
-    """A map of groups of queries and keys for some layers."""
+    """For some layers, a map of the attention from groups of queries to groups of keys."""
     _, attention = stacked(found)
     maps = attention.mean(dim=0)
     n = min(N_MAPS, len(maps))

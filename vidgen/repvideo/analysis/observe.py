@@ -1,14 +1,15 @@
-"""What the layers do with the frames of a video, measured while latents are made.
+"""Measures what the layers do with the frames of a video, while latents are sampled.
 
-- Similarity: the cosine of a layer's output at the same place of adjacent frames, mean over places
-  and pairs of frames, the measure by which RepVideo is motivated (2501.08994, section 3).
-- Attention: how much of its attention a query gives to the text and to each frame, mean over heads
-  and over the queries of the text and of each frame. No map of all tokens is made: with
-  ``lse_g = log sum exp(s q k^T)`` over the keys of group g, which the attention operator returns,
+- Similarity: the cosine between a layer's outputs at the same place in adjacent frames, mean over
+  places and pairs of frames. RepVideo is motivated by it (2501.08994, section 3).
+- Attention: the share of its attention that a query gives to the text and to each frame, mean over
+  heads and over the queries of the text and of each frame. The attention map of all tokens is not
+  computed: with ``lse_g = log sum exp(s q k^T)`` over the keys of group g, which the attention
+  operator returns, the share of group g is
 
       mass_g = exp(lse_g - log sum_g exp(lse_g))
 
-Modules are watched by hooks, so that nothing changes and nothing is spent without them.
+Modules are observed by hooks: without them nothing changes and nothing is computed.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ from ..model.transformer import CogVideoXTransformer
 
 @dataclass
 class Observations:
-    """Fp32 on the CPU, a list of layers in a list of the model's calls, G = 1 + frames."""
+    """One list per call of the model, with one fp32 CPU tensor per layer; G = 1 + frames."""
 
     timesteps: list[float] = field(default_factory=list)
     similarity: list[list[Tensor]] = field(default_factory=list)  # []
-    attention: list[list[Tensor]] = field(default_factory=list)  # [G, G]: of queries, to keys
-    n_frames: int = 0  # of patches
+    attention: list[list[Tensor]] = field(default_factory=list)  # [G, G]: from queries to keys
+    n_frames: int = 0  # frames of patches
 
 
 @contextmanager
 def observed(transformer: CogVideoXTransformer) -> Iterator[Observations]:
-    """What the transformer does with the last sample of its batches, the guided one, meanwhile."""
+    """Observes the transformer's calls inside the context, for the last sample of each batch.
+
+    With guidance that is the conditional half.
+    """
     found = Observations()
 
     def begin(module: Any, args: tuple, options: dict) -> None:
@@ -52,14 +56,14 @@ def observed(transformer: CogVideoXTransformer) -> Iterator[Observations]:
         found.attention.append([])
 
     def attend(module: Attention, args: tuple) -> None:
-        a, sequence, ops = args
-        q, k, v = module.heads(a[-1:], sequence, ops)
-        n_video = q.shape[2] - sequence.text_length
-        lengths = [sequence.text_length, *[n_video // found.n_frames] * found.n_frames]
+        a, shared, ops = args
+        q, k, v = module.heads(a[-1:], shared, ops)
+        n_video = q.shape[2] - shared.text_length
+        lengths = [shared.text_length, *[n_video // found.n_frames] * found.n_frames]
         found.attention[-1].append(attention_mass(q, k, v, lengths, ops)[0].cpu())
 
     def compare(module: Any, args: tuple, output: Stream) -> None:
-        n_text = args[2].text_length
+        n_text = args[1].text_length
         video = output.total(n_text)[-1:, n_text:]
         found.similarity[-1].append(adjacent_similarity(video, found.n_frames)[0].cpu())
 
@@ -77,11 +81,11 @@ def observed(transformer: CogVideoXTransformer) -> Iterator[Observations]:
 
 @torch.no_grad()
 def attention_mass(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], ops: Ops) -> Tensor:
-    """``[B, G, G]``, rows of sum 1: the share of attention from group to group.
+    """The share of attention from group to group, ``[B, G, G]``; rows sum to 1.
 
     Args:
         q, k, v: ``[B, H, N, D]``
-        lengths: tokens of the G groups, one after another.
+        lengths: the number of tokens in each of the G groups, in the order of the sequence.
     """
     groups = zip(k.split(list(lengths), dim=2), v.split(list(lengths), dim=2), strict=True)
     lse = [ops.attention(q, *kv, return_lse=True)[1] for kv in groups]
@@ -91,6 +95,6 @@ def attention_mass(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], ops:
 
 @torch.no_grad()
 def adjacent_similarity(video: Tensor, n_frames: int) -> Tensor:
-    """``[B]`` from tokens ``[B, T H W, D]``, frame after frame; NaN of a single frame."""
+    """``[B]`` for tokens ``[B, T H W, D]``, frame after frame; NaN for a single frame."""
     frames = video.float().unflatten(1, (n_frames, -1))
     return F.cosine_similarity(frames[:, 1:], frames[:, :-1], dim=-1).mean(dim=(1, 2))

@@ -1,1 +1,1 @@
-"""What `vidgen verify`, benchmarks and tests use: golden cases, example inputs and weights."""
+"""For `vidgen verify`, benchmarks and tests: golden cases, example steps, small models."""

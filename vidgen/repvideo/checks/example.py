@@ -1,5 +1,9 @@
-"""Steps of training and sampling, and the beginning of a video, on random numbers at released
-sizes: for benchmarks, profiles and tests."""
+"""Examples of what RepVideo and CogVideoX do, at released sizes, for benchmarks and tests.
+
+A step of training, one evaluation of the model, and the first steps of sampling a video.
+``training_example(model)`` and the like draw random inputs; the example that they return is then
+called with a model.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidgen.common.random_weights import draw_weights
+from vidgen.common.random_inputs import RandomInputs
+from vidgen.common.random_weights import with_drawn_weights
 from vidgen.ops import Ops
 
 from ..model.config import PRESETS, CogVideoXConfig
@@ -43,7 +48,7 @@ def example_config(
     *,
     gates: bool = True,
 ) -> CogVideoXConfig:
-    """A released size, or one with fewer heads (of 64) and layers; without gates: CogVideoX."""
+    """A released size, or one with fewer heads (of 64) and layers. Without gates: CogVideoX."""
     if model not in PRESETS:
         raise ValueError(f"model: expected {', '.join(PRESETS)}, got {model!r}")
     config = replace(PRESETS[model], gates=gates)
@@ -54,23 +59,13 @@ def example_config(
     return config
 
 
-def example_model(
-    config: CogVideoXConfig,
-    ops: Ops,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> CogVideoXTransformer:
-    """Random weights everywhere."""
-    with torch.device(device):
-        model = CogVideoXTransformer(config, ops).to(dtype)
-    draw_weights(model, seed)
-    return model
+def example_model(config: CogVideoXConfig, ops: Ops, **options: Any) -> CogVideoXTransformer:
+    """With gradients; options: those of `with_drawn_weights`."""
+    return with_drawn_weights(lambda: CogVideoXTransformer(config, ops), **options)
 
 
 class TrainingExample(NamedTuple):
-    """What one step of training needs."""
+    """The inputs of a step of training."""
 
     noised: Noised
     text: Tensor
@@ -81,7 +76,7 @@ class TrainingExample(NamedTuple):
 
 
 class EvaluationExample(NamedTuple):
-    """What one evaluation of a model needs while it makes a video."""
+    """The inputs of the model in one step of sampling."""
 
     latents: Tensor
     text: Tensor
@@ -93,9 +88,9 @@ class EvaluationExample(NamedTuple):
 
 
 class VideoExample(NamedTuple):
-    """What sampling goes on from: the first steps of `N_STEPS`."""
+    """The inputs of the first ``n_steps`` of a sampling run of `N_STEPS`."""
 
-    noise: list[Tensor]  # in fp32 or wider, as many as the steps take
+    noise: list[Tensor]  # in fp32 or wider: the starting noise, then what the steps draw
     text: Tensor
     n_steps: int
 
@@ -109,41 +104,37 @@ class VideoExample(NamedTuple):
 def training_example(
     model: CogVideoXTransformer, *, size: str = "480p", rows: int = 1, seed: int = 0
 ) -> TrainingExample:
-    """In the model's dtype and on its device."""
-    normal = _Normal(model, size, seed)
-    table = denoiser_table(shifted_alphas(SHIFT)).to(normal.device)
-    timestep = draw_timesteps(rows, table, normal.generator)
-    noised = add_noise(normal.latents(rows), normal.latents(rows), timestep, table)
-    return TrainingExample(noised, normal.text(rows))
+    """Inputs in the dtype and on the device of the model."""
+    inputs = _Inputs(model, size, seed)
+    table = denoiser_table(shifted_alphas(SHIFT)).to(inputs.device)
+    timestep = draw_timesteps(rows, table, inputs.generator)
+    noised = add_noise(inputs.latents(rows), inputs.latents(rows), timestep, table)
+    return TrainingExample(noised, inputs.text(rows))
 
 
 def evaluation_example(
     model: CogVideoXTransformer, *, size: str = "480p", rows: int = 2, seed: int = 0
 ) -> EvaluationExample:
-    """Two rows are guidance's."""
-    normal = _Normal(model, size, seed)
-    timestep = torch.full((rows,), N_TRAIN // 2, device=normal.device)
-    return EvaluationExample(normal.latents(rows), normal.text(rows), timestep)
+    """Two rows: the two halves of guidance."""
+    inputs = _Inputs(model, size, seed)
+    timestep = torch.full((rows,), N_TRAIN // 2, device=inputs.device)
+    return EvaluationExample(inputs.latents(rows), inputs.text(rows), timestep)
 
 
 def video_example(
     model: CogVideoXTransformer, *, size: str = "480p", n_steps: int = N_STEPS, seed: int = 0
 ) -> VideoExample:
-    normal = _Normal(model, size, seed)
+    inputs = _Inputs(model, size, seed)
     n_noises = 1 + sum(step.n_draws for step in sat_schedule(N_STEPS, SHIFT)[:n_steps])
-    dtype = torch.promote_types(normal.dtype, torch.float32)
-    noise = [normal.latents(1).to(dtype) for _ in range(n_noises)]
-    return VideoExample(noise, normal.text(1), n_steps)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    noise = [inputs.latents(1).to(dtype) for _ in range(n_noises)]
+    return VideoExample(noise, inputs.text(1), n_steps)
 
 
-class _Normal:
-    """Normal tensors of a model's shapes, one after another from one generator."""
-
+class _Inputs(RandomInputs):
     def __init__(self, model: CogVideoXTransformer, size: str, seed: int) -> None:
-        parameter = next(model.parameters())
-        self.config, self.size = model.config, SIZES[size]
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        super().__init__(model, seed)
+        self.size = SIZES[size]
 
     def latents(self, rows: int) -> Tensor:
         """``[rows, T, C, h, w]``"""
@@ -153,7 +144,3 @@ class _Normal:
     def text(self, rows: int) -> Tensor:
         """``[rows, S, text_embed_dim]``"""
         return self(rows, self.size.text_length, self.config.text_embed_dim)
-
-    def __call__(self, *shape: int) -> Tensor:
-        options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        return torch.randn(shape, generator=self.generator, **options)

@@ -1,4 +1,4 @@
-"""What the golden cases of RepVideo record, recomputed."""
+"""Golden cases of RepVideo: the feature cache, and `KINDS` for `vidgen verify`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +19,12 @@ def mix_chain(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> 
     h0, delta = inputs["h0"].requires_grad_(), inputs["delta"].requires_grad_()
     h, y = _chain(ops, gates, config["window"], h0, delta)
     upstream = [*inputs["dh"], inputs["dfinal"]]
-    leaves = h0, delta, gates  # gates of windows of one are not used
+    leaves = h0, delta, gates  # gates of layers with one output in the window are unused
     grads = torch.autograd.grad([*h, y[-1]], leaves, upstream, materialize_grads=True)
     results = {"h": torch.stack(h), "y": torch.stack(y), "final": y[-1]}
     results |= zip(("g_h0", "g_delta", "g_gate"), grads, strict=True)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        # the rounding of the official code, bit by bit
+        # rounded as in the official code, bit for bit
         low = (x.detach().to(dtype) for x in (h0, delta))
         h, _ = _chain(EAGER, gates.detach().to(dtype), config["window"], *low)
         results[f"{name}.h"] = torch.stack(h)
@@ -43,7 +43,7 @@ def _chain(
 
 
 def segment(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """Gated residual, feature cache, norm and modulation for windows of several lengths."""
+    """Gated residual, feature cache, norm and modulation, for several numbers of outputs."""
     results = {}
     for n in config["ns"]:
         prefix = f"n{n}."

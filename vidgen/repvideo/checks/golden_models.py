@@ -1,4 +1,4 @@
-"""What the golden cases of CogVideoX's and RepVideo's transformers record, recomputed."""
+"""Golden cases of CogVideoX's and RepVideo's transformers: recomputes what they record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vidgen.ops import Ops
 
 from ..model.config import LAYER_NORM_EPS, OUT_NORM_EPS, QK_NORM_EPS, ROPE_THETA, CogVideoXConfig
 from ..model.keys import GATES, SAT_UNUSED, to_diffusers, to_sat
-from ..model.layers import Block, Sequence, Stream
+from ..model.layers import Block, Pass, Stream
 from ..model.positions import rope_positions
 from ..model.weights import load_transformer
 from ..sampling.schedules import denoiser_table, shifted_alphas
@@ -50,7 +50,7 @@ def sat_config(config: Mapping[str, Any]) -> CogVideoXConfig:
 
 
 def block(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """One layer with what its parts give, and gradients."""
+    """One layer: intermediate results, output and gradients."""
     grid = config["latent_frames"], config["grid_h"], config["grid_w"]
     patch = CogVideoXConfig.patch_size
     sizes = {"latent_h": patch * config["grid_h"], "latent_w": patch * config["grid_w"]}
@@ -61,23 +61,22 @@ def block(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tens
     names = [key.split(".", 2)[2] for key in state]  # without the number of the layer
     layer.load_state_dict(dict(zip(names, state.values(), strict=True)))
     positions = rope_positions(options, grid, h.device) if config["rope"] else None
-    sequence = Sequence(config["text_len"], positions)
+    shared = Pass(F.silu(emb), config["text_len"], positions)
 
     attention, found = layer.attn1, Recorded()
     found.inputs(attn_in=attention, attn_ctx=attention.to_out[0], mlp_in=layer.ff)
     found.outputs(q=attention.to_q, k=attention.to_k, v=attention.to_v)
     found.outputs(attn_out=attention, mlp_out=layer.ff)
-    stream = layer(Stream(h), F.silu(emb), sequence, ops.residual_norm, ops)
-    y = stream.total(sequence.text_length)
+    y = layer(Stream(h), shared, ops.residual_norm, ops).total(shared.text_length)
     results = found.results
     results |= {"y": y, "qkv": torch.cat([results[name] for name in "qkv"], dim=-1)}
-    results |= zip("qkv", attention.heads(results["attn_in"], sequence, ops), strict=True)
+    results |= zip("qkv", attention.heads(results["attn_in"], shared, ops), strict=True)
     weights = dict(zip(state, (layer.get_parameter(name) for name in names), strict=True))
     return results | _gradients(y, inputs["dy"], {"h": h, "emb": emb}, weights)
 
 
 def rep_dit(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """RepVideo's transformer: what every layer reads and gives, and gradients."""
+    """RepVideo's transformer: input and output of every layer, and gradients."""
     read: list[Tensor] = []
     given: list[Tensor] = []
     model = load_transformer(sat_config(config), w, _recording(ops, read))
@@ -97,7 +96,7 @@ def rep_dit(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Te
 
 
 def diffusers_dit(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """CogVideoX's transformer, with tables of rotations where the case has them."""
+    """CogVideoX's transformer, with the rotations of the case if it has any."""
     sizes = ("run_latent_hw", "diffusers")  # of the case, not of the model
     options = {name: x for name, x in config.items() if name not in sizes}
     model = load_transformer(CogVideoXConfig.from_dict(options), w, ops)
@@ -112,7 +111,7 @@ def diffusers_dit(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
 
 
 def train_loss(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """The training loss at given timesteps and noise, and gradients of its mean."""
+    """The training loss for given timesteps and noise, and the gradients of its mean."""
     model = load_transformer(sat_config(config), w, ops)
     table = denoiser_table(shifted_alphas(config["shift_scale"])).to(inputs["latent"].device)
     noised = add_noise(inputs["latent"], inputs["noise"], inputs["idx"], table)
@@ -131,7 +130,7 @@ def _gradients(
     *,
     sat: bool = True,
 ) -> Tensors:
-    """``g_`` of inputs and gates, ``gw.`` of weights, by their names in the case."""
+    """Gradients by their names in a case: ``g_`` for inputs and gates, ``gw.`` for weights."""
     leaves = [*inputs.values(), *weights.values()]
     grads = torch.autograd.grad(y, leaves, dy, materialize_grads=True)
     named = dict(zip(weights, grads[len(inputs) :], strict=True))
@@ -142,7 +141,7 @@ def _gradients(
 
 
 class Recorded:
-    """What modules read and give, by name, while they run."""
+    """Records inputs and outputs of modules, by name."""
 
     def __init__(self) -> None:
         self.results: Tensors = {}
@@ -160,7 +159,7 @@ class Recorded:
 
 
 def _recording(ops: Ops, read: list[Tensor]) -> Ops:
-    """``ops`` whose cache adds what each layer reads to a list."""
+    """``ops`` with a feature cache that adds the input of each layer to ``read``."""
 
     class Cache:
         def __init__(self, gates: Tensor, window: int) -> None:
@@ -175,9 +174,9 @@ def _recording(ops: Ops, read: list[Tensor]) -> Ops:
 
 
 def positions_of(cos: Tensor, sin: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The coordinates ``[N, 3]`` that tables ``[N, head_dim]`` of cosines and sines are of.
+    """The coordinates ``[N, 3]`` that given cosines and sines ``[N, head_dim]`` were computed from.
 
-    The slowest frequency of an axis says about where, faster ones ever more exactly.
+    The slowest frequency of an axis gives a first estimate, each faster one refines it.
     """
     columns = zip(cos.double().split(axes, -1), sin.double().split(axes, -1), strict=True)
     found = []

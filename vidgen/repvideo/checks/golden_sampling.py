@@ -1,4 +1,4 @@
-"""What the golden cases of RepVideo's schedules, sampling loops and VAE record, recomputed."""
+"""Golden cases of RepVideo's schedules, sampling loops and VAE: recomputes what they record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAT_SAMPLERS = {"dpmpp2m_sde": "dpm", "ddim": "ddim"}  # their names in the case
 
 
 def sat_tables_case(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """Timesteps, levels and guidance for several numbers of steps."""
+    """Timesteps, noise levels and guidance weights for several numbers of steps."""
     alphas = shifted_alphas(
         config["shift_scale"], config["num_train"], config["linear_start"], config["linear_end"]
     )
@@ -51,7 +51,7 @@ def sat_tables_case(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Op
 
 
 def sat_loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """A whole loop of the released code, step by step."""
+    """A whole sampling loop of the released code, with the results of each step."""
     if config["sampler"] not in SAT_SAMPLERS:
         expected = " or ".join(SAT_SAMPLERS)
         raise ValueError(f"sampler: expected {expected}, got {config['sampler']!r}")
@@ -70,7 +70,7 @@ def sat_loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> T
 
 
 def diffusers_steps(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """Both schedulers of diffusers with given predictions, and their tables."""
+    """Both schedulers of diffusers: their tables, and steps with given predictions."""
     velocities, results = inputs["v"], {}
     text = inputs["x"].new_zeros(len(inputs["x"]), 1, 1)
     for sampler in SAMPLERS:
@@ -99,14 +99,14 @@ def diffusers_steps(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Op
 
 
 def diffusers_loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """A whole loop of diffusers' pipeline."""
+    """A whole sampling loop of diffusers' pipeline."""
     own = CogVideoXConfig.__dataclass_fields__
     model = CogVideoXConfig.from_dict({k: x for k, x in config.items() if k in own})
     steps = diffusers_schedule(
         config["n_steps"], build_scheduler(options_of(config), config["scheduler"])
     )
     guidance = Guidance(config["guidance_scale"], 5 if config["dynamic_cfg"] else None)
-    is_guided = config["guidance_scale"] > 1  # diffusers runs no second half otherwise
+    is_guided = config["guidance_scale"] > 1  # else diffusers runs no unconditional half
     recorder = Recorder(ops)
     final = sample(
         load_transformer(model, w, recorder.ops),
@@ -126,7 +126,7 @@ def diffusers_loop(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops
 
 
 def vae(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
-    """Moments, and latents decoded at once and in tiles."""
+    """Moments, and latents decoded with and without tiling."""
     from diffusers import AutoencoderKLCogVideoX
 
     known = inspect.signature(AutoencoderKLCogVideoX).parameters
@@ -143,7 +143,7 @@ def vae(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensor
 
 
 class Recorder:
-    """Ops whose steps are written down: latents after each one, x0, and the weight of guidance."""
+    """``ops`` that record each step: the latents after it, x0, and the guidance weight."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
@@ -155,7 +155,7 @@ class Recorder:
 
     def _ddim_step(self, x: Tensor, velocity: Tensor, *levels: float, **options: Any) -> Tensor:
         out = self._ops.ddim_step(x, velocity, *levels, **options)
-        # a step to the level 1 goes all the way
+        # a step to level 1 gives x0
         self._add(out, self._ops.ddim_step(x, velocity, levels[0], 1.0, **options), options)
         return out
 
@@ -171,7 +171,7 @@ class Recorder:
 
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a case says of diffusers' scheduler."""
+    """The options of a case for diffusers' schedulers."""
     from diffusers import CogVideoXDDIMScheduler
 
     names = inspect.signature(CogVideoXDDIMScheduler).parameters

@@ -1,6 +1,6 @@
-"""Sizes of the transformer, by the names of the config.json files of diffusers, and its releases.
+"""Sizes of the transformer, by the names in diffusers' config.json, and the released `PRESETS`.
 
-The defaults are CogVideoX-2B, which RepVideo is trained from.
+The defaults are those of CogVideoX-2B, which RepVideo is trained from.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from vidgen.common.config_fields import check_fields
 
-# What the released code has one value for.
+# Constants of the released code.
 LAYER_NORM_EPS = 1e-5
 QK_NORM_EPS = 1e-6
 OUT_NORM_EPS = 1e-6  # of the output head in the SAT code, CogVideoX's and RepVideo's
 DIFFUSERS_OUT_NORM_EPS = 1e-5
 ROPE_THETA = 10000.0
 
-# Options of a config.json that say how results are computed, and the one value that is built.
+# Options of a config.json that affect results, with the only value that we support.
 FIXED: dict[str, Any] = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -51,21 +51,21 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class CogVideoXConfig:
-    """CogVideoX, with RepVideo's feature cache where it has gates."""
+    """CogVideoX, or RepVideo if it has gates."""
 
     num_attention_heads: int = 30
     attention_head_dim: int = 64
     in_channels: int = 16
     out_channels: int = 16
     time_embed_dim: int = 512
-    ofs_embed_dim: int | None = None  # image-to-video models of 1.5: an offset beside the timestep
+    ofs_embed_dim: int | None = None  # image-to-video models of 1.5 also embed an offset
     text_embed_dim: int = 4096
     num_layers: int = 30
-    sample_width: int = 90  # latents; with the next two the size that it is trained for
+    sample_width: int = 90  # in latents; with the next two, the size that it was trained on
     sample_height: int = 60
-    sample_frames: int = 49  # of the video
+    sample_frames: int = 49  # in frames of the video
     patch_size: int = 2
-    patch_size_t: int | None = None  # latent frames of a patch, 1.5; None: one, and a convolution
+    patch_size_t: int | None = None  # latent frames in a patch of 1.5; None: one, by a convolution
     temporal_compression_ratio: int = 4
     max_text_seq_length: int = 226
     spatial_interpolation_scale: float = 1.875
@@ -73,8 +73,8 @@ class CogVideoXConfig:
     use_rotary_positional_embeddings: bool = False
     patch_bias: bool = True  # of the convolution
     gates: bool = False  # RepVideo: a learnable gate for each layer
-    fixed_gate: float | None = None  # RepVideo's cache without parameters: one gate for all layers
-    window: int = 6  # layer outputs that the cache reads at most
+    fixed_gate: float | None = None  # RepVideo's cache with one constant gate for all layers
+    window: int = 6  # the most layer outputs that the cache averages
     out_norm_eps: float = OUT_NORM_EPS
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class CogVideoXConfig:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """How many columns of a head turn with time, row and column."""
+        """Channels of a head that are rotated by time, row and column; () without rotation."""
         if not self.use_rotary_positional_embeddings:
             return ()
         eighth = self.attention_head_dim // 8
@@ -114,9 +114,9 @@ class CogVideoXConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> CogVideoXConfig:
-        """From the contents of a config.json; ValueError for an option that is not built.
+        """From the contents of a config.json. Raises ValueError for options we do not support.
 
-        Without ``out_norm_eps`` it is that of diffusers, whose files do not name it.
+        ``out_norm_eps`` has diffusers' value unless the file names it, which diffusers' do not.
         """
         names = {field.name for field in fields(cls)}
         unknown = config.keys() - names - FIXED.keys()
@@ -130,7 +130,7 @@ class CogVideoXConfig:
         return cls(**{"out_norm_eps": DIFFUSERS_OUT_NORM_EPS, **options})
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads; diffusers reads it too, and ignores what is RepVideo's."""
+        """For a config.json that `from_dict` and diffusers read; diffusers ignores our options."""
         return {"_class_name": "CogVideoXTransformer3DModel", **FIXED, **asdict(self)}
 
 

@@ -1,6 +1,6 @@
-"""Names of the weights: those of SwissArmyTransformer (SAT) and those of diffusers.
+"""Names of the weights in checkpoints of SwissArmyTransformer (SAT) and of diffusers.
 
-Our models have the names of diffusers, and one of their own for RepVideo's gates, `GATES`.
+Our modules have the names of diffusers; RepVideo's gates are `GATES`.
 
     SAT                                             diffusers
     mixins.patch_embed.*                            patch_embed.*
@@ -20,9 +20,10 @@ Our models have the names of diffusers, and one of their own for RepVideo's gate
     mixins.final_layer.adaLN_modulation.1           norm_out.linear
     mixins.final_layer.linear                       proj_out
 
-Rows of ``query_key_value`` are those of q, k and v one after another. Those of
-``adaLN_modulations`` are shift, scale and gate of attention, then of the feed-forward, for the
-video, and the same six for the text; diffusers has all of attention in one tensor.
+The rows of ``query_key_value`` are those of q, then k, then v. The rows of ``adaLN_modulations``
+are shift, scale and gate of attention, then of the feed-forward, for the video, then the same six
+for the text. diffusers has one tensor with the six of attention (``norm1``) and one with the six of
+the feed-forward (``norm2``).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ GATES = "learnable_gating"
 SAT_GATES = f"transformer.{GATES}"
 SAT_PREFIX = "model.diffusion_model."
 
-# Not weights: tables that are computed from sizes, and a tensor that is never read.
+# Not weights: tables computed from sizes, and a tensor that is never read.
 SAT_TABLE = "mixins.pos_embed.pos_embedding"
 SAT_UNUSED = (
     "mixins.pos_embed.freqs_cos",
@@ -46,7 +47,7 @@ SAT_UNUSED = (
     "transformer.position_embeddings.weight",
 )
 
-# SAT name, names in diffusers. {i} is a layer, {p} weight or bias.
+# SAT's name: diffusers' name. {i} stands for the layer, {p} for weight or bias.
 NAMES = {
     "mixins.patch_embed.proj.{p}": "patch_embed.proj.{p}",
     "mixins.patch_embed.text_proj.{p}": "patch_embed.text_proj.{p}",
@@ -70,7 +71,7 @@ SAT_QKV = "transformer.layers.{i}.attention.query_key_value.{p}"
 QKV = tuple(f"transformer_blocks.{{i}}.attn1.to_{x}.{{p}}" for x in "qkv")
 SAT_MODULATION = "mixins.adaln_layer.adaLN_modulations.{i}.1.{p}"
 MODULATION = tuple(f"transformer_blocks.{{i}}.norm{n}.linear.{{p}}" for n in (1, 2))
-# which of SAT's 12 vectors each of the two has
+# the numbers of SAT's 12 vectors that each of diffusers' two tensors has
 VECTORS = ((0, 1, 2, 6, 7, 8), (3, 4, 5, 9, 10, 11))
 ORDER = torch.tensor(VECTORS).flatten().argsort().tolist()
 
@@ -106,7 +107,7 @@ LAYER = re.compile(r"\b(layers|\w+_list|adaLN_modulations|transformer_blocks)\.(
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of SAT, without prefix, to ours; other names stay."""
+    """Renames from SAT's names, without prefix, to ours; other names stay."""
     found = {}
     for key, x in state.items():
         form, place = _form(key)
@@ -120,10 +121,10 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_sat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names to those of SAT, without prefix; other names stay.
+    """Renames from our names to SAT's, without prefix; other names stay.
 
     Raises:
-        ValueError: a part of what SAT has in one tensor is missing.
+        ValueError: a missing part of what is one tensor in SAT.
     """
     found = {}
     for key, x in state.items():
@@ -140,7 +141,7 @@ def to_sat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _form(key: str) -> tuple[str, dict[str, str]]:
-    """A key with {i} for its layer and {p} for its last part, and what these stand for."""
+    """The key with {i} and {p} in place of layer and weight or bias, and the values of these."""
     place = {}
     if layer := LAYER.search(key):
         place["i"] = layer[2]

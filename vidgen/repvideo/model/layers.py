@@ -1,11 +1,15 @@
-"""CogVideoX's blocks: text and video in one sequence, with modulation of their own.
+"""CogVideoX's blocks: text and video are one sequence, but each has its own modulation.
 
-The residual stream is kept with the update that has not been added to it yet (`Stream`), so that
-one operator adds it, lets RepVideo's cache mix it with what earlier layers gave, normalises and
-modulates. Modulation is one vector per sample and modality, a view of the projection's row.
+    x <- x + gate1 * attention(LN(x) * (1 + scale1) + shift1)
+    x <- x + gate2 * MLP(LN(x) * (1 + scale2) + shift2)
+
+A block does not add its last update ``gate2 * MLP(...)`` itself: it returns a `Stream`, the sum so
+far and the pending update. So one operator of the next block adds the update, mixes the sum with
+the outputs of earlier layers (RepVideo's feature cache), normalises and modulates. Shift, scale and
+gate are vectors ``[B, D]``, computed from the time embedding.
 
 Shapes: B batch, S text tokens, N all tokens (text first), D width, E time embedding, H heads.
-Module names are those of the checkpoints of diffusers.
+Module names are those of diffusers' checkpoints.
 """
 
 from __future__ import annotations
@@ -23,19 +27,24 @@ from vidgen.ops import Modulation, Ops, QKVStream
 
 from .config import LAYER_NORM_EPS, QK_NORM_EPS, ROPE_THETA, CogVideoXConfig
 
-# (x, f, gate, scale, ... as options) -> h, a: `Ops.residual_norm`, or `segment` of a cache
+# (x, update, gate=, scale=, ...) -> the sum, its modulated norm. It is `Ops.residual_norm`, or the
+# `segment` of a feature cache, which also mixes the sum with earlier outputs.
 Join = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Sequence(NamedTuple):
-    """What all layers know of the tokens."""
+class Pass(NamedTuple):
+    """What the layers of one pass share."""
 
-    text_length: int
-    positions: Tensor | None  # [N - S, 3], where heads turn
+    c: Tensor  # SiLU of the time embedding, [B, E]
+    text_length: int  # S
+    positions: Tensor | None  # of the video tokens, [N - S, 3]; None without rotary positions
 
 
 class Stream(NamedTuple):
-    """The residual stream ``x + gate * update``, with a gate for the text and one for the video."""
+    """The residual stream ``x + gate * update``; the text tokens have a gate of their own.
+
+    Without an update it is ``x`` alone.
+    """
 
     x: Tensor  # [B, N, D]
     update: Tensor | None = None  # [B, N, D]
@@ -57,7 +66,7 @@ class Stream(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Modulation of a norm and the gate of what follows it, each ``[B, D]``."""
+    """Modulation of a norm and the gate of the sublayer after it, each ``[B, D]``."""
 
     shift: Tensor
     scale: Tensor
@@ -68,7 +77,7 @@ class Vectors(NamedTuple):
 
 
 class AdaptiveNorm(nn.Module):
-    """A LayerNorm that text and video share, and the projection to their modulation."""
+    """A LayerNorm for text and video, and the projection of the time embedding to `Vectors`."""
 
     def __init__(self, width: int, n_time: int) -> None:
         super().__init__()
@@ -82,7 +91,7 @@ class AdaptiveNorm(nn.Module):
     def join(
         self, join: Join, stream: Stream, vectors: Vectors, text_length: int
     ) -> tuple[Tensor, Tensor]:
-        """Adds the pending update; the sum (mixed, if ``join`` does so), and its modulated norm."""
+        """The stream with its update added (and mixed, by a cache), and its modulated norm."""
         return join(
             stream.x,
             stream.update,
@@ -98,7 +107,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token sees all; queries and keys are normalised, those of the video may turn."""
+    """Full attention; queries and keys are normalised, those of the video may be rotated."""
 
     def __init__(self, config: CogVideoXConfig) -> None:
         super().__init__()
@@ -111,13 +120,13 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(head_dim, QK_NORM_EPS)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, a: Tensor, sequence: Sequence, ops: Ops) -> Tensor:
+    def forward(self, a: Tensor, shared: Pass, ops: Ops) -> Tensor:
         """``a`` and the result ``[B, N, D]``."""
-        q, k, v = self.heads(a, sequence, ops)
+        q, k, v = self.heads(a, shared, ops)
         return self.to_out[0](ops.attention(q, k, v).transpose(1, 2).flatten(2))
 
-    def heads(self, a: Tensor, sequence: Sequence, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v ``[B, H, N, D / H]``, normalised and turned."""
+    def heads(self, a: Tensor, shared: Pass, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v ``[B, H, N, D / H]``; q and k normalised and rotated."""
         stream = QKVStream(
             (self.to_q(a), self.to_k(a), self.to_v(a)),
             self.norm_q.weight,
@@ -127,10 +136,10 @@ class Attention(nn.Module):
         )
         return ops.qk_norm_rope(
             stream,
-            sequence.positions,
+            shared.positions,
             self.axes,
             n_heads=self.n_heads,
-            text_length=sequence.text_length,
+            text_length=shared.text_length,
             norm="layer",
             eps=QK_NORM_EPS,
             theta=ROPE_THETA,
@@ -147,25 +156,22 @@ class Block(nn.Module):
         self.norm2 = AdaptiveNorm(config.width, config.time_embed_dim)
         self.ff = FeedForward(config.width)
 
-    def forward(
-        self, stream: Stream, c: Tensor, sequence: Sequence, join: Join, ops: Ops
-    ) -> Stream:
-        """The stream with the feed-forward's result pending.
+    def forward(self, stream: Stream, shared: Pass, join: Join, ops: Ops) -> Stream:
+        """The stream with the result of the feed-forward as pending update.
 
         Args:
-            c: SiLU of the time embedding ``[B, E]``.
-            join: brings the stream to the first norm: the cache's `segment` or `residual_norm`.
+            join: the operator at the first norm; at the second it is `Ops.residual_norm`.
         """
-        n_text = sequence.text_length
-        first, second = self.norm1.vectors(c), self.norm2.vectors(c)
+        n_text = shared.text_length
+        first, second = self.norm1.vectors(shared.c), self.norm2.vectors(shared.c)
         h, a = self.norm1.join(join, stream, first, n_text)
-        stream = Stream(h, self.attn1(a, sequence, ops), first.gate, first.text_gate)
+        stream = Stream(h, self.attn1(a, shared, ops), first.gate, first.text_gate)
         h, a = self.norm2.join(ops.residual_norm, stream, second, n_text)
         return Stream(h, self.ff(a), second.gate, second.text_gate)
 
 
 class TimeEmbedding(nn.Module):
-    """A number per sample to a vector: sinusoids, then two layers."""
+    """A number per sample to a vector: sinusoids, then an MLP of two layers."""
 
     def __init__(self, n_sinusoids: int, width: int) -> None:
         super().__init__()
@@ -206,7 +212,7 @@ class PatchEmbedding(nn.Module):
         Args:
             text: ``[B, S, W]``
             latents: ``[B, T, C, h, w]``
-            table: what is added to video tokens for where they are, ``[N - S, D]``
+            table: position embeddings that are added to the video tokens, ``[N - S, D]``
         """
         if self.patch_t is None:
             video = self.proj(latents.flatten(0, 1)).flatten(2).transpose(1, 2)
@@ -219,7 +225,10 @@ class PatchEmbedding(nn.Module):
 
 
 def patchify(latents: Tensor, patch: int, patch_t: int) -> Tensor:
-    """``[B, T, C, h, w]`` to ``[B, patches, features]``, of channel, frame, row and column."""
+    """``[B, T, C, h, w]`` to ``[B, patches, features]``.
+
+    The features of a patch are in the order channel, frame, row, column.
+    """
     x = latents.unflatten(4, (-1, patch)).unflatten(3, (-1, patch)).unflatten(1, (-1, patch_t))
     # [B, T', pt, C, h', p, w', p]
     return x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)

@@ -1,6 +1,6 @@
-"""Where the tokens of a video are: sines and cosines added to them, or rotations of the heads.
+"""Positions of video tokens: a sine-cosine table that is added, or coordinates for rotation.
 
-Tokens are patches in the order frame, row, column; T, H, W count them. Text has no position.
+Tokens are T x H x W patches in the order frame, row, column. Text has no position.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Grid = tuple[int, int, int]  # T, H, W
 
 
 def grid_of(config: CogVideoXConfig, latents: Tensor) -> Grid:
-    """Patches of latents ``[B, T, C, h, w]``. Raises ValueError where they do not fit."""
+    """The grid of patches of latents ``[B, T, C, h, w]``. Raises ValueError for other shapes."""
     expected = f"[B, T, {config.in_channels}, h, w]"
     if latents.ndim != 5 or latents.shape[2] != config.in_channels:
         raise ValueError(f"latents: expected shape {expected}, got {list(latents.shape)}")
@@ -29,10 +29,10 @@ def grid_of(config: CogVideoXConfig, latents: Tensor) -> Grid:
 
 
 def sincos_table(config: CogVideoXConfig, grid: Grid, device: torch.device) -> Tensor:
-    """What is added to the video tokens, ``[T H W, D]``, fp32.
+    """The position embeddings that are added to the video tokens, ``[T H W, D]``, fp32.
 
-    Columns: time (D / 4), column (3 D / 8), row (3 D / 8); all positions begin at 0 and are in
-    units of the interpolation scales.
+    Channels: time (D / 4), column (3 D / 8), row (3 D / 8). Positions start at 0 and are divided by
+    the interpolation scales.
     """
     frames, rows, cols = grid
     scales = config.temporal_interpolation_scale, config.spatial_interpolation_scale
@@ -55,8 +55,8 @@ def _sincos(n: int, width: int, scale: float, device: torch.device) -> Tensor:
 def rope_positions(config: CogVideoXConfig, grid: Grid, device: torch.device) -> Tensor:
     """Coordinates (time, row, column) of the video tokens, ``[T H W, 3]``, fp32.
 
-    Integers in 1.5. Before that a picture of another size than the trained one is laid over the
-    middle of its grid, as large as fits, as diffusers does.
+    In CogVideoX 1.5 they are the indices. Before that, as in diffusers, a frame of another size
+    than the trained one is scaled to fit into the trained grid, and centred in it.
     """
     frames, rows, cols = grid
     time = torch.arange(frames, dtype=torch.float32, device=device)
@@ -76,6 +76,6 @@ def rope_positions(config: CogVideoXConfig, grid: Grid, device: torch.device) ->
 
 
 def _spread(n: int, start: int, length: int, device: torch.device) -> Tensor:
-    """n coordinates over a range, whose end is scaled by (n - 1) / n and its start is not."""
+    """n coordinates from ``start`` to ``(start + length) (n - 1) / n``, as diffusers has them."""
     end = (start + length) * (n - 1) / n
     return torch.linspace(start, end, n, dtype=torch.float32, device=device)

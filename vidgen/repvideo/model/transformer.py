@@ -1,8 +1,12 @@
-"""CogVideoX's diffusion transformer (arXiv 2408.06072), with RepVideo's feature cache if asked for.
+"""CogVideoX's diffusion transformer (arXiv 2408.06072), optionally with RepVideo's feature cache.
 
-With gates (arXiv 2501.08994, see `vidgen_kernels.feature_cache`) every layer reads a mix of the
-stream and the mean of what the layers of its window gave, text tokens included; gates of 0 are
-plain CogVideoX. Weights and results do not depend on `ops`.
+RepVideo (arXiv 2501.08994) has a gate g_i for every layer. With y_1 ... y_n the outputs of the
+layers in the current window (text tokens included), layer i reads
+
+    g_i * mean(y_1, ..., y_n) + (1 - g_i) * y_n
+
+instead of y_n; see `vidgen_kernels.feature_cache`. Gates of 0 are plain CogVideoX. Weights and
+results do not depend on `ops`.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from .config import LAYER_NORM_EPS, CogVideoXConfig
 from .layers import (
     Block,
     Join,
+    Pass,
     PatchEmbedding,
-    Sequence,
     Stream,
     TimeEmbedding,
     unpatchify,
@@ -33,7 +37,7 @@ INITIAL_GATE = 0.5
 
 
 class OutputNorm(nn.Module):
-    """The norm of the output head and the projection to its shift and scale."""
+    """The norm before the output projection, modulated by the time embedding."""
 
     def __init__(self, config: CogVideoXConfig) -> None:
         super().__init__()
@@ -54,9 +58,9 @@ class CogVideoXTransformer(nn.Module):
     """Predicts the velocity of noisy latents.
 
     Attributes:
-        learnable_gating: RepVideo's gates ``[layers]``, 0.5 at first; None without.
-        gradient_checkpointing: whether training keeps only what each layer reads, one tensor
-            ``[B, N, D]`` a layer, and runs the layer again in the backward pass.
+        learnable_gating: RepVideo's gates ``[layers]``, 0.5 in a fresh model; None without gates.
+        gradient_checkpointing: whether training keeps only the input of each layer, one tensor
+            ``[B, N, D]``, and runs the layer again in the backward pass.
     """
 
     def __init__(self, config: CogVideoXConfig | None = None, ops: Ops = EAGER) -> None:
@@ -90,12 +94,12 @@ class CogVideoXTransformer(nn.Module):
         """The velocity ``[B, T, C, h, w]``.
 
         Args:
-            latents: ``[B, T, C, h, w]``, of whole patches.
-            text: T5 features ``[B, S, text_embed_dim]``; padding is seen like any token.
+            latents: ``[B, T, C, h, w]``; T, h and w are multiples of the patch size.
+            text: T5 features ``[B, S, text_embed_dim]``; padding is attended to like any token.
             timestep: 0 to 999, ``[B]``, integers or not.
             ofs: ``[B]``, for models with ``ofs_embed_dim``.
-            positions: coordinates (time, row, column) of the patches ``[N - S, 3]``, fp32 or fp64;
-                default `rope_positions`. For models with rotary positions.
+            positions: coordinates (time, row, column) of the patches ``[N - S, 3]``, fp32 or fp64,
+                for models with rotary positions; default `rope_positions`.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -107,10 +111,9 @@ class CogVideoXTransformer(nn.Module):
             table = sincos_table(self.config, grid, latents.device)
         elif positions is None:
             positions = rope_positions(self.config, grid, latents.device)
-        stream = Stream(self.patch_embed(text, latents, table))
-        sequence = Sequence(text.shape[1], positions)
-        stream = self.run(stream, c, sequence)
-        return self.read_out(stream, c, sequence, grid)
+        shared = Pass(c, text.shape[1], positions)
+        stream = self.run(Stream(self.patch_embed(text, latents, table)), shared)
+        return self.read_out(stream, shared, grid)
 
     def embed_time(self, timestep: Tensor, ofs: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``[B, E]``"""
@@ -119,29 +122,28 @@ class CogVideoXTransformer(nn.Module):
             embedding = embedding + self.ofs_embedding(ofs, dtype)
         return embedding
 
-    def run(self, stream: Stream, c: Tensor, sequence: Sequence) -> Stream:
+    def run(self, stream: Stream, shared: Pass) -> Stream:
         """All layers."""
         gates = self.gates_like(stream.x)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._run_checkpointed(stream.x, gates, c, sequence)
+            return self._run_checkpointed(stream.x, gates, shared)
         cache = None if gates is None else self.ops.feature_cache(gates, self.config.window)
         for i, block in enumerate(self.transformer_blocks):
             join = self.ops.residual_norm if cache is None else partial(cache.segment, i)
-            stream = block(stream, c, sequence, join, self.ops)
+            stream = block(stream, shared, join, self.ops)
         return stream
 
     def gates_like(self, x: Tensor) -> Tensor | None:
-        """The gates ``[layers]``, learnt or fixed; None for plain CogVideoX."""
+        """The gates ``[layers]``, learned or fixed; None for plain CogVideoX."""
         if self.config.fixed_gate is not None:
             return x.new_full((self.config.num_layers,), self.config.fixed_gate)
         return self.learnable_gating
 
-    def _run_checkpointed(
-        self, y: Tensor, gates: Tensor | None, c: Tensor, sequence: Sequence
-    ) -> Stream:
-        """Nothing is pending between layers: an output is all that the next ones keep.
+    def _run_checkpointed(self, y: Tensor, gates: Tensor | None, shared: Pass) -> Stream:
+        """`run` with gradient checkpointing.
 
-        A layer is a function of the outputs in its window, so that running it again needs no state.
+        Here a layer is a function of the outputs in its window, without a cache that the second run
+        in the backward pass would find changed, and adds its update itself.
         """
         outputs: list[Tensor] = []
         for i, block in enumerate(self.transformer_blocks):
@@ -150,12 +152,11 @@ class CogVideoXTransformer(nn.Module):
                 join = partial(self._join_window, older, gates[i])
                 outputs = [*outputs, y]
 
-            def layer(y: Tensor, c: Tensor, block: nn.Module = block, join: Join = join) -> Tensor:
-                stream = block(Stream(y), c, sequence, join, self.ops)
-                return stream.total(sequence.text_length)
+            def layer(y: Tensor, block: nn.Module = block, join: Join = join) -> Tensor:
+                return block(Stream(y), shared, join, self.ops).total(shared.text_length)
 
-            # nothing is drawn in a layer
-            y = checkpoint(layer, y, c, use_reentrant=False, preserve_rng_state=False)
+            # a layer draws no random numbers
+            y = checkpoint(layer, y, use_reentrant=False, preserve_rng_state=False)
             if i % self.config.window == 0:
                 outputs = []
         return Stream(y)
@@ -163,16 +164,16 @@ class CogVideoXTransformer(nn.Module):
     def _join_window(
         self, older: tuple[Tensor, ...], cache_gate: Tensor, y: Tensor, f: None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """`Join` of the output ``y`` with those before it in its window."""
+        """A `Join` that mixes the output ``y`` with the ``older`` ones of its window."""
         n = len(older) + 1
         h, a, _, _ = self.ops.segment(
             y, f, None, cache_gate, n, older=older, keep_sum=False, **options
         )
         return h, a
 
-    def read_out(self, stream: Stream, c: Tensor, sequence: Sequence, grid: Grid) -> Tensor:
+    def read_out(self, stream: Stream, shared: Pass, grid: Grid) -> Tensor:
         """The video tokens to latents."""
-        video = slice(sequence.text_length, None)
+        video = slice(shared.text_length, None)
         _, a = self.ops.residual_norm(
             stream.x[:, video],
             None if stream.update is None else stream.update[:, video],
@@ -181,7 +182,7 @@ class CogVideoXTransformer(nn.Module):
             bias=self.norm_final.bias,
             eps=self.norm_final.eps,
         )
-        patches = self.proj_out(self.norm_out(a, c, self.ops))
+        patches = self.proj_out(self.norm_out(a, shared.c, self.ops))
         return unpatchify(patches, grid, self.config.patch_size, self.config.patch_size_t or 1)
 
     def _check(

@@ -1,7 +1,7 @@
-"""Checkpoints of CogVideoX and RepVideo: nothing missing, nothing left over.
+"""Loads checkpoints of CogVideoX and RepVideo, whose keys have to be exactly those of the model.
 
-Files of SwissArmyTransformer (SAT), which the released RepVideo is, and folders of diffusers are
-read into the same model; `keys` has the names.
+Both layouts are read: SwissArmyTransformer (SAT), in which RepVideo is released, and diffusers.
+`keys` has the names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .positions import sincos_table
 from .transformer import CogVideoXTransformer
 
 SAT_FILE = "mp_rank_00_model_states.pt"
-TABLE_ERROR = 1e-6  # of the released code's table, in fp32
+TABLE_ERROR = 1e-6  # allowed difference of SAT's position table from ours, in fp32
 
 
 def load_transformer(
@@ -32,15 +32,15 @@ def load_transformer(
 ) -> CogVideoXTransformer:
     """The transformer with the weights of a checkpoint, in their dtype.
 
-    ``state`` has the names of SAT, with or without prefix, or those of diffusers. A SAT file of
-    training holds the VAE and the text encoder as well: they are left out.
+    ``state`` has the names of SAT, with or without prefix, or those of diffusers. SAT files from
+    training also hold the VAE and the text encoder, which are ignored.
 
-    Plain CogVideoX has no gates. Where ``config.gates`` asks for them they are set to 0, which
-    changes nothing, with a warning.
+    If ``config.gates`` is set but the checkpoint has none (plain CogVideoX), the gates become 0,
+    which does not change results, and a warning is given.
 
     Raises:
-        ValueError: keys missing or left over, other shapes, a table of positions other than that
-            of the sizes in ``config``.
+        ValueError: missing or unknown keys, other shapes, or a table of positions that does not
+            fit the sizes in ``config``.
     """
     state = {k: x for k, x in transformer_weights(state).items() if k not in SAT_UNUSED}
     if (table := state.pop(SAT_TABLE, None)) is not None:
@@ -59,11 +59,11 @@ def load_transformer(
 
 
 def load_pretrained(folder: str | Path, ops: Ops = EAGER, **options: Any) -> CogVideoXTransformer:
-    """The transformer in a folder of diffusers or of SAT, or in the ``transformer`` of a pipeline.
+    """The transformer in a folder of SAT, of diffusers, or of a pipeline of diffusers.
 
     Args:
-        options: replace those of config.json, or in a SAT folder, which has none, those that
-            `config_of` finds: the sizes of the videos above all.
+        options: replace those of config.json; for a SAT folder, which has none, those that
+            `config_of` finds, such as the sizes of videos.
     """
     config, state = read_pretrained(folder, **options)
     return load_transformer(config, state, ops)
@@ -72,7 +72,7 @@ def load_pretrained(folder: str | Path, ops: Ops = EAGER, **options: Any) -> Cog
 def read_pretrained(
     folder: str | Path, **options: Any
 ) -> tuple[CogVideoXConfig, dict[str, Tensor]]:
-    """Config and state dict of a folder; arguments as those of `load_pretrained`."""
+    """Config and state dict of a folder; arguments as in `load_pretrained`."""
     folder = Path(folder)
     if is_sat_folder(folder):
         state = read_sat(folder)
@@ -88,12 +88,12 @@ def is_sat_folder(folder: str | Path) -> bool:
 
 
 def read_sat(folder: str | Path) -> dict[str, Tensor]:
-    """The transformer's weights in a SAT folder, by their names there, without prefix.
+    """The transformer's weights in a SAT folder, with SAT's names without prefix.
 
-    ``latest`` names a folder with the file of weights.
+    The file ``latest`` names the subfolder with the weights.
 
     Raises:
-        ValueError: no such files.
+        ValueError: missing files.
     """
     folder = Path(folder)
     if not is_sat_folder(folder):
@@ -105,16 +105,16 @@ def read_sat(folder: str | Path) -> dict[str, Tensor]:
 
 
 def transformer_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without prefix and, where keys have one, without other models."""
+    """Removes the prefix; if any key has it, keys without it belong to other models and go."""
     own = [key for key in state if key.startswith(SAT_PREFIX)]
     return {key.removeprefix(SAT_PREFIX): state[key] for key in own or state}
 
 
 def config_of(state: Mapping[str, Tensor], **options: Any) -> CogVideoXConfig:
-    """The config of a SAT state dict: what the shapes say, the rest as in CogVideoX-2B.
+    """The config of a SAT state dict, from its shapes and keys; the rest as in CogVideoX-2B.
 
     Args:
-        options: replace what is found. Weights do not tell the sizes of the videos.
+        options: replace what is found; weights do not tell the sizes of videos, for example.
     """
 
     def shape(name: str) -> torch.Size:
@@ -150,7 +150,7 @@ def config_of(state: Mapping[str, Tensor], **options: Any) -> CogVideoXConfig:
 
 
 def _check_table(config: CogVideoXConfig, table: Tensor) -> None:
-    """ValueError unless SAT's table of positions ``[1, S + T H W, D]`` is the one we compute."""
+    """Raises ValueError unless SAT's position table ``[1, S + T H W, D]`` is the one we compute."""
     patch, patch_t = config.patch_size, config.patch_size_t or 1
     grid = (
         config.sample_latent_frames // patch_t,

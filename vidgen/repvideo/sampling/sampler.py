@@ -1,8 +1,9 @@
-"""From noise to latents: classifier-free guidance and the steps of a schedule.
+"""The sampling loop: from noise to latents, with classifier-free guidance.
 
-Both halves of guidance are one batch, first the one without the condition. The released code of
-RepVideo guides x0 and diffusers v; with v-prediction, ``x0 = a x - sqrt(1 - a^2) v``, that is the
-same. Guidance, the step and x0 are one operator (`Ops.ddim_step`, `Ops.dpm_step`).
+Both halves of guidance run as one batch, the unconditional half first. The released code of
+RepVideo applies guidance to x0, diffusers to v. The result is the same, since
+``x0 = a x - sqrt(1 - a^2) v`` is linear in v. Guidance and the step are one operator
+(`Ops.ddim_step`, `Ops.dpm_step`).
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Guidance:
     """The weight w of each step: ``v = v_uncond + w (v - v_uncond)``.
 
-    With an exponent it is dynamic, ``w = 1 + scale (1 - cos(pi ((n - t) / n)^exponent)) / 2`` for n
-    steps; t is the timestep of 0 to 999, not the number of the step, so that w jumps between 1 and
-    1 + scale: the released code and diffusers both do so.
+    With an exponent w is dynamic: ``w = 1 + scale (1 - cos(pi ((n - t) / n)^exponent)) / 2`` for n
+    steps. As in the released code and in diffusers, t is the timestep, 0 to 999, not the index of
+    the step, so w jumps between 1 and 1 + scale.
     """
 
     scale: float = 6.0
@@ -38,7 +39,7 @@ class Guidance:
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise ValueError(f"guidance: expected a finite number, got {self.scale}")
-        # a negative number is raised to it
+        # the base of the power may be negative
         if self.exponent is not None and (self.exponent <= 0 or self.exponent % 1):
             raise ValueError(f"exponent: expected a whole number above 0, got {self.exponent}")
 
@@ -61,7 +62,7 @@ def draw_normal(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Normal tensors without end, drawn where the generator is: the same on every device."""
+    """Endless normal tensors, drawn on the generator's device: the same for every ``device``."""
     source = generator.device if generator is not None else device
     while True:
         x = torch.randn(tuple(shape), generator=generator, dtype=dtype, device=source)
@@ -83,14 +84,18 @@ def sample(
     """Latents ``[B, T, C, h, w]`` in the dtype of the noise.
 
     Args:
-        model: sees the latents in the dtype of the text.
-        noise: normal tensors ``[B, T, C, h, w]``: the first one is where sampling starts, others
-            are taken in the order and number in which the released code draws them. fp32 as in
-            SAT, or the dtype of the text as in diffusers, which rounds to it after every step.
-        text, uncond: features ``[B, S, W]`` of the prompts and of what guidance leads away from;
-            without uncond there is no guidance. A step of weight 1 does not run the model on it.
-        steps: of `sat_schedule` or `diffusers_schedule`.
-        guidance: default ``Guidance()`` where there is an uncond.
+        model: is given the latents in the dtype of the text.
+        noise: normal tensors ``[B, T, C, h, w]``. Sampling starts from the first one; the steps
+            take the others in the order and number in which the released code draws them. They are
+            fp32 as in SAT, or have the dtype of the text as in diffusers, which rounds to it after
+            every step.
+        text, uncond: conditional and unconditional features ``[B, S, W]``; without uncond there is
+            no guidance. A step of weight 1 runs the model on the conditional half only.
+        steps: from `sat_schedule` or `diffusers_schedule`.
+        guidance: default ``Guidance()`` if there is an uncond.
+
+    Raises:
+        ValueError: guidance without uncond, or an uncond of another shape than the text.
     """
     _check(text, uncond, guidance)
     latents = next(noise)
@@ -122,7 +127,7 @@ def sample(
 def _predict(
     model: Model, latents: Tensor, text: Tensor, both: Tensor | None, step: Step
 ) -> tuple[Tensor, Tensor | None]:
-    """The velocity with the condition, and where ``both`` is given that without it."""
+    """The conditional velocity; given ``both`` halves of the text, also the unconditional one."""
     x = latents.to(text.dtype)
     context = text
     if both is not None:

@@ -1,17 +1,17 @@
-"""Noise levels of sampling, by the two codes that run CogVideoX and RepVideo.
+"""Noise levels of sampling, as in the two codebases that run CogVideoX and RepVideo.
 
 With ``abar`` the cumulative product of 1 - beta, CogVideoX shifts the signal-to-noise ratio,
 ``abar <- abar / (s + (1 - s) abar)``, and makes the last level pure noise (2305.08891):
 
     A = sqrt(abar),  A <- (A - A_last) A_first / (A_first - A_last)
 
-- *SAT*, the code that RepVideo is released with: takes the timesteps first and makes the last of
-  *them* pure noise, in fp32; the denoiser replaces A by the nearest entry of its own table, that of
-  all timesteps (`sat_schedule`).
-- *diffusers*: makes its table once, in fp64, and steps to the level of ``t - 1000 // n``, whatever
-  the next timestep is (`diffusers_schedule`).
+- `sat_schedule`: *SAT*, in which RepVideo is released, first selects the timesteps of the run and
+  then rescales their levels, in fp32, so that the last *selected* one is pure noise. The denoiser
+  replaces A by the nearest entry of its own table of all timesteps.
+- `diffusers_schedule`: *diffusers* rescales the levels of all timesteps once, in fp64, and steps to
+  the level of ``t - 1000 // n``, whatever the next timestep is.
 
-So the two differ, by up to 1e-3 in A at 50 steps.
+The two differ by up to 1e-3 in A at 50 steps.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ N_TRAIN = 1000  # timesteps
 LINEAR_START, LINEAR_END = 0.00085, 0.012  # of beta, whose square root is linear
 
 SAMPLERS = ("dpm", "ddim")
-# diffusers' options that say what a scheduler computes, and the one value that is built
+# options of diffusers' schedulers, with the only value that we support
 FIXED = {"prediction_type": "v_prediction"}
 
 
 class Step(NamedTuple):
-    """One step from A to A+, of sqrt(alpha_bar)."""
+    """One step from noise level A to A+, where A = sqrt(alpha_bar)."""
 
-    timestep: int  # what the model is told
+    timestep: int  # the model's input
     sqrt_alpha: float  # A
     sqrt_alpha_next: float  # A+
-    denoiser_sqrt_alpha: float  # what the denoiser takes for A
-    sqrt_alpha_previous: float | None = None  # A of the step whose x0 this one uses as well
-    n_draws: int = 0  # normal tensors that the released code draws; it uses the last one
+    denoiser_sqrt_alpha: float  # A as the denoiser rounds it, for computing x0
+    sqrt_alpha_previous: float | None = None  # second-order steps: A of the step before
+    n_draws: int = 0  # normal tensors that the released code draws; it uses only the last one
     is_stochastic: bool = False  # SDE-DPM-Solver++ 2M, else DDIM
 
 
 class SATTables(NamedTuple):
-    """Of n steps."""
+    """The levels of a run of n steps."""
 
     timesteps: Tensor  # int64 [n], descending from N_TRAIN - 1
     sqrt_alphas: Tensor  # fp32 [n + 1], from 0 to 1
@@ -54,7 +54,7 @@ class SATTables(NamedTuple):
 def shifted_alphas(
     shift: float, n_train: int = N_TRAIN, start: float = LINEAR_START, end: float = LINEAR_END
 ) -> Tensor:
-    """alpha_bar with the shifted signal-to-noise ratio, fp64 ``[n_train]``, descending."""
+    """alpha_bar with the signal-to-noise ratio shifted, fp64 ``[n_train]``, descending."""
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift: expected a positive number, got {shift}")
     betas = torch.linspace(start**0.5, end**0.5, n_train, dtype=torch.float64).square()
@@ -63,7 +63,7 @@ def shifted_alphas(
 
 
 def rescale(alphas: Tensor) -> Tensor:
-    """sqrt(alpha_bar) ``[n]`` so that the last is 0 and the first stays, in the dtype given."""
+    """sqrt(alpha_bar) ``[n]``, rescaled so that the last one is 0 and the first one stays."""
     roots = alphas.sqrt()
     first, last = roots[0], roots[-1]
     return (roots - last) * (first / (first - last))
@@ -75,10 +75,10 @@ def denoiser_table(alphas: Tensor) -> Tensor:
 
 
 def sat_tables(n_steps: int, alphas: Tensor) -> SATTables:
-    """The levels of ``n_steps`` of the timesteps that `shifted_alphas` has."""
+    """The levels of a run of ``n_steps``, given `shifted_alphas`."""
     _check_steps(n_steps, len(alphas))
     last = len(alphas) - 1
-    # the sum and product of numpy.linspace: where the exact number is whole, its rounding decides
+    # computed as numpy.linspace does, whose rounding decides where the number is whole
     timesteps = torch.tensor([int(k * (-last / n_steps) + last) for k in range(n_steps)])
     roots = rescale(alphas.float()[timesteps.flip(0)]).flip(0)
     if n_steps == 1:
@@ -154,7 +154,7 @@ def build_scheduler(config: Mapping[str, Any], sampler: str | None = None) -> An
 
 
 def _looking_back(steps: list[Step], inner: set[int]) -> list[Step]:
-    """The steps of SDE-DPM-Solver++ 2M, of which those of ``inner`` use the x0 before theirs."""
+    """The steps of SDE-DPM-Solver++ 2M; those at indices ``inner`` also use the previous x0."""
     first_order = [step._replace(n_draws=1, is_stochastic=True) for step in steps]
     return [
         step._replace(n_draws=2, sqrt_alpha_previous=steps[i - 1].sqrt_alpha)

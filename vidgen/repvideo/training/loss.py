@@ -1,13 +1,13 @@
-"""RepVideo's training objective: the error of the clean latents, weighted as that of the velocity.
+"""RepVideo's training loss: the mean square error of the predicted velocity.
 
-With A the square root of the schedule's cumulative alpha at the timestep and v the prediction:
+With A = sqrt(alpha_bar) at the timestep and v the prediction:
 
     x_t = A x_0 + sqrt(1 - A^2) noise
     target = A noise - sqrt(1 - A^2) x_0
     loss = mean((v - target)^2)
 
-The released code writes the loss as mean((x_0' - x_0)^2) / (1 - A^2) with the clean latents
-x_0' = A x_t - sqrt(1 - A^2) v, which is the same.
+The released code computes the same as mean((x_0' - x_0)^2) / (1 - A^2), the error of the predicted
+clean latents x_0' = A x_t - sqrt(1 - A^2) v.
 
 Shapes: latents, noise, v [B, T, C, h, w]; timestep and loss [B].
 """
@@ -23,7 +23,7 @@ from ..model.transformer import CogVideoXTransformer
 
 
 class Noised(NamedTuple):
-    """What the model is given and asked for."""
+    """The model's inputs, and what it should predict."""
 
     latents: Tensor
     target: Tensor
@@ -36,12 +36,12 @@ class TrainingResult(NamedTuple):
 
 
 def draw_timesteps(n: int, table: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """``[n]`` integers, uniform over ``table`` and on its device."""
+    """n timesteps, uniform over those of ``table``, on its device."""
     return torch.randint(len(table), (n,), generator=generator, device=table.device)
 
 
 def add_noise(latents: Tensor, noise: Tensor, timestep: Tensor, table: Tensor) -> Noised:
-    """Noisy latents and the velocity that leads to them.
+    """Noisy latents and the velocity to predict.
 
     Args:
         timestep: integers.
@@ -70,5 +70,5 @@ def training_step(model: CogVideoXTransformer, noised: Noised, text: Tensor) -> 
 
 
 def drop_text(text: Tensor, drop: Tensor) -> Tensor:
-    """Zeros in place of the text where ``drop`` ``[B]`` is true, as guidance has them later."""
+    """The text, with zeros where ``drop`` ``[B]`` is true: the unconditional input of guidance."""
     return text.masked_fill(drop[:, None, None], 0)

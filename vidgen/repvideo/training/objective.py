@@ -1,7 +1,7 @@
-"""RepVideo's loss on a batch of `vidgen train`.
+"""`vidgen train repvideo`: reads samples, and computes the loss of a batch.
 
-A sample is safetensors with ``latents`` [T, C, h, w], scaled as the VAE's config says, and
-``prompt_embeds`` [1, S, W], as a file of features for `vidgen generate` has it.
+A sample is a safetensors file with ``latents`` [T, C, h, w], scaled by the VAE's scaling factor,
+and ``prompt_embeds`` [1, S, W], as in a file of features for `vidgen generate`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from .loss import add_noise, draw_timesteps, drop_text, training_step
 
 
 class RepVideoObjective(Objective):
+    """RepVideo or CogVideoX with its loss."""
+
     same = ("latents", "text")
 
     def __init__(self, model: CogVideoXTransformer, **options: Any) -> None:
-        """Raises ValueError for models that are given an image."""
+        """Raises ValueError for image-to-video models."""
         config = model.config
         if config.in_channels != config.out_channels or config.ofs_embed_dim is not None:
             raise ValueError(

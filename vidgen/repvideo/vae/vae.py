@@ -1,8 +1,9 @@
-"""CogVideoX's causal video VAE: that of diffusers, with the weights of diffusers or of SAT.
+"""CogVideoX's causal video VAE: the class of diffusers, with weights of diffusers or of SAT.
 
-Pixels ``[B, 3, F, H, W]`` in [-1, 1], F = 4 k + 1; latents ``[B, k + 1, C, H / 8, W / 8]`` of unit
-scale, frames before channels as the transformer has them. Two latent frames are decoded at a time
-and eight frames encoded, whose groups are normalised by themselves: other chunks are other numbers.
+Pixels are ``[B, 3, F, H, W]`` in [-1, 1], F = 4 k + 1; latents ``[B, k + 1, C, H / 8, W / 8]``,
+scaled to unit variance, with frames before channels as the transformer expects them. diffusers
+encodes eight frames and decodes two latent frames at a time. Group norms are over such a chunk, so
+other chunk sizes would give other numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vidgen.common.checkpoint import load_exactly, read_folder, read_state_dict
 
-# Keys of SAT and what stands in those of diffusers; levels of the decoder are counted backwards.
+# Parts of SAT's keys, with those of diffusers. `from_sat` also reverses the levels of the decoder.
 RENAMED = (
     (r"^encoder\.down\.(\d+)", r"encoder.down_blocks.\1"),
     (r"mid\.block_1\.", "mid_block.resnets.0."),
@@ -35,7 +36,7 @@ def load_vae(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     """The `AutoencoderKLCogVideoX` of a config.json with the weights of a checkpoint.
 
     Raises:
-        ValueError: keys missing or left over, other shapes.
+        ValueError: missing or unknown keys, other shapes.
     """
     from diffusers import AutoencoderKLCogVideoX
 
@@ -49,8 +50,8 @@ def load_pretrained_vae(path: str | Path, **options: Any) -> Any:
     """The VAE in a folder of diffusers or in a file of SAT, such as the released 3d-vae.pt.
 
     Args:
-        options: replace those of config.json; a file of SAT has none: it is that of CogVideoX-2B,
-            whose scaling factor is not that of the larger models.
+        options: replace those of config.json. A file of SAT has no config: it is loaded with that
+            of CogVideoX-2B, whose scaling factor differs from that of the larger models.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,7 +63,7 @@ def load_pretrained_vae(path: str | Path, **options: Any) -> Any:
 
 
 def from_sat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights by their names in diffusers, without those of the training loss."""
+    """Renames the weights to diffusers' names; leaves out those of the training loss."""
     own = [key for key in state if key.startswith(SAT_PREFIX)] or list(state)
     own = [key for key in own if not key.removeprefix(SAT_PREFIX).startswith("loss")]
     ups = [int(m[1]) for key in own if (m := re.search(r"decoder\.up\.(\d+)\.", key))]
@@ -81,10 +82,11 @@ def from_sat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encode(vae: Any, pixels: Tensor) -> Tensor:
-    """The mode of the latents."""
+    """The mode of the latents, ``[B, T, C, h, w]``."""
     moments = vae.encode(pixels).latent_dist
     return (moments.mode() * vae.config.scaling_factor).transpose(1, 2)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents ``[B, T, C, h, w]``."""
     return vae.decode(latents.transpose(1, 2) / vae.config.scaling_factor).sample
