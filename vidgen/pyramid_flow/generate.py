@@ -20,8 +20,8 @@ from .pipeline import FPS, PyramidFlowPipeline
 from .sampling.config import SamplingConfig
 from .sampling.guidance import Guidance, LinearGuidance
 from .sampling.noise import DrawnNoise
-from .sampling.run import check_prompts
 from .sampling.sampler import estimate_cache
+from .sampling.state import check_prompts
 from .text import NEGATIVE_PROMPT, Prompts, read_features
 
 SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a video to video"

@@ -2,18 +2,20 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.studies import pyramid_unit
 from vidgen.ops import FUSED
 from vidgen.pyramid_flow.checks.example import LATENTS, example_config, example_model
 from vidgen.pyramid_flow.model.config import PATCH
 from vidgen.pyramid_flow.model.history import settled_frames
-from vidgen.pyramid_flow.model.kv_cache import CachePolicy, CacheSizes, KVCache, plan
-from vidgen.pyramid_flow.model.sequence import n_tokens
+from vidgen.pyramid_flow.model.kv_cache import CachePolicy, CacheSizes, KVCache, StageCache, plan
+from vidgen.pyramid_flow.model.sequence import Packing, n_tokens, pack_patches
 from vidgen.pyramid_flow.model.transformer import PyramidTransformer
 from vidgen.pyramid_flow.sampling.config import SamplingConfig
 from vidgen.pyramid_flow.sampling.guidance import Guidance
@@ -85,7 +87,7 @@ def test_the_model_is_given_new_tokens_alone(name: str) -> None:
     n_frames: list[int] = []
     outputs: list[int] = []
     model.register_forward_pre_hook(
-        lambda _, args: n_frames.append(sum(clip.shape[2] for clip in args[0][0]))
+        lambda _, args: n_frames.append(sum(grid[0] for grid in args[3].columns[0]))
     )
     blocks = model.single_transformer_blocks if name == "flux" else model.transformer_blocks
     blocks[-1].register_forward_hook(
@@ -112,33 +114,36 @@ def test_one_call_with_a_cache(name: str, causal: bool) -> None:
     clips = [torch.randn(2, 16, f, 2 * h, 2 * w, dtype=torch.float64) for f, h, w in grids]
     features = torch.randn(2, 5, 10, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     text_mask = (torch.arange(5) < torch.tensor([[2], [5]])).long()
-    text = model.embed_text(*features)
     timestep = torch.tensor([800.0, 800.0], dtype=torch.float64)
 
-    options = {"text": text.tokens, "text_mask": text_mask}
     with torch.no_grad():
-        (expected,) = model([clips], timestep, features[0], text_mask, features[1])
-        trimmed = model.pack_call(grids, **options, only_current=True)
-        (alone,) = model([clips], timestep, text, packing=trimmed)
+        (expected,) = model.predict([clips], timestep, features[0], text_mask, features[1])
+        text = model.context_embedder(features[0])
+        condition = model.condition(timestep, features[1])
+        pack = partial(model.pack_for_sampling, grids, text, text_mask)
+
+        def velocity(clips, packing: Packing, cache: StageCache | None = None) -> Tensor:
+            caches = None if cache is None else cache.blocks(0)
+            patches = model(pack_patches([clips]), text, condition, packing, caches)
+            return packing.unpack(patches)[0]
+
+        alone = velocity(clips, pack(only_current=True))
         torch.testing.assert_close(alone, expected, rtol=1e-10, atol=1e-10)
         if not causal:
             return
         tokens = 2  # of a frame at the lowest level
         layout = CacheSizes(model.n_blocks, 2, 1, 64, 5, tokens, (1,), 5, 1, torch.float64)
         cache = KVCache(CachePolicy(), layout, torch.device("cpu"))
-        first = cache.stage(3, 0, 2)  # found nothing, leaves text and three frames
+        first = cache.stage(3, 0, 2)  # reads nothing, stores text and three frames
         assert first is not None and (first.n_past, first.past_frames) == (0, 0)
         other = [*clips[:2], torch.randn_like(clips[2])]
-        model([other], timestep, text, packing=model.pack_call(grids, **options),
-              caches=first.blocks(0))  # fmt: skip
+        velocity(other, pack(), first)
         second = cache.stage(4, 0, 2)
         assert second is not None and (second.n_past, second.past_frames) == (11, 3)
         for only_current in (False, True):
-            packing = model.pack_call(grids, **options, past_frames=3, only_current=only_current)
-            (velocity,) = model(
-                [clips[2:]], timestep, text, packing=packing, caches=second.blocks(0)
-            )
-            torch.testing.assert_close(velocity, expected, rtol=1e-10, atol=1e-10)
+            packing = pack(past_frames=3, only_current=only_current)
+            cached = velocity(clips[2:], packing, second)
+            torch.testing.assert_close(cached, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.portable_only
@@ -232,8 +237,8 @@ def test_what_lies_in_the_cpus_memory_is_copied_in_one_piece() -> None:
         block = stage.blocks(0)[1]
         assert block.entry.shape == (2, 2, 3, layout.capacity(0), 8)
         k, v = torch.randn(2, 2, 3, 40, 8)
-        block._replace(n_past=0, n_kept=17).keep(k, v)
-        past = torch.stack(block.past(torch.device("cpu")))
+        block._replace(n_past=0, n_new=17).write(k, v)
+        past = torch.stack(block.read(torch.device("cpu")))
         assert torch.equal(past, torch.stack([k, v])[..., :17, :])
         addresses = block.entry[..., :17, :]
         n_elements = 1 + sum(

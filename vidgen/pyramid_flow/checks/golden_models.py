@@ -19,7 +19,8 @@ from ..model.sequence import Packing
 from ..model.transformer import PyramidTransformer
 from ..model.weights import load_transformer
 from ..sampling.scheduler import PyramidFlowScheduler
-from ..training.loss import ColumnDraws, Conditions, TrainingConfig, training_columns, training_step
+from ..text import TextFeatures
+from ..training.loss import ColumnDraws, TrainingConfig, training_columns, training_step
 from ..vae.latents import LatentStats, normalize_latents
 
 Tensors = dict[str, Tensor]
@@ -45,13 +46,13 @@ def forward(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Re
         found: Results = {"mask": attention_mask(packing, text_mask != 0)}
         found |= position_tables(model, packing)
         with recorded(model, packing, text_mask[:1] != 0, found), torch.no_grad():
-            (found["pred"],) = model(
+            (found["pred"],) = model.predict(
                 [clips],
                 inputs[f"{call}.timestep"],
                 text,
                 text_mask,
                 inputs["pooled"],
-                packing=packing,
+                causal=causal,
             )
         results |= {f"{call}.{name}": x for name, x in found.items()}
     return results
@@ -193,8 +194,8 @@ def training_case(
         for c in range(n_columns)
     ]
     columns = training_columns(latents, draws, training, scheduler, units, ops)
-    conditions = Conditions(inputs["text"], inputs["text_mask"], inputs["pooled"])
-    result = training_step(model, columns, conditions, full_sequence=full_sequence)
+    text = TextFeatures(inputs["text"], inputs["text_mask"], inputs["pooled"])
+    result = training_step(model, columns, text, full_sequence=full_sequence)
     result.loss.backward()
 
     timesteps = torch.stack([column.timestep for column in columns], dim=1).flatten()

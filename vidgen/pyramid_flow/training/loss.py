@@ -30,6 +30,7 @@ from vidgen.ops import Ops
 from ..model.history import HistoryClip, history_layout, unit_frames
 from ..model.transformer import PyramidTransformer
 from ..sampling.scheduler import PyramidFlowScheduler
+from ..text import TextFeatures
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,6 @@ class TrainingConfig:
     def stages(self) -> list[int]:
         """The stage of each column."""
         return [s for s, ratio in enumerate(self.sample_ratios) for _ in range(ratio)]
-
-
-class Conditions(NamedTuple):
-    """What a video is made from, a row per sample."""
-
-    text: Tensor  # [N, S, joint_attention_dim]
-    text_mask: Tensor | None  # [N, S], zero for padding
-    pooled: Tensor  # [N, pooled_projection_dim]
 
 
 class ColumnDraws(NamedTuple):
@@ -178,19 +171,21 @@ def training_column(
 def training_step(
     model: PyramidTransformer,
     columns: Sequence[TrainingColumn],
-    conditions: Conditions,
+    text: TextFeatures,
     *,
     full_sequence: bool = False,
 ) -> TrainingResult:
-    """One packed forward and the loss: the mean over samples of their mean squared errors.
+    """One packed forward pass and the loss, the mean over samples of the mean squared error.
 
-    ``conditions`` are in the order of the samples; the full sequence is seen by all of its frames.
+    Args:
+        text: of the samples, in their order.
+        full_sequence: every frame sees all frames.
     """
     timestep = torch.stack([column.timestep for column in columns], dim=1).flatten()
-    predictions = model(
+    predictions = model.predict(
         [column.clips for column in columns],
         timestep,
-        *conditions,
+        *text,
         causal=False if full_sequence else None,
     )
     errors = []
@@ -201,31 +196,31 @@ def training_step(
     return TrainingResult(torch.cat(errors).mean(), predictions)
 
 
-def drop_prompts(conditions: Conditions, empty: Conditions, drop: Tensor) -> Conditions:
-    """The conditions of an empty prompt (one row) where ``drop`` ``[N]`` is true.
+def drop_prompts(text: TextFeatures, empty: TextFeatures, drop: Tensor) -> TextFeatures:
+    """The features of an empty prompt (one row) where ``drop`` ``[N]`` is true.
 
-    The released models were trained with one in ten dropped.
+    The released models were trained with one prompt in ten dropped.
     """
     for name, x, own in (
-        ("text", empty.text, conditions.text),
-        ("pooled", empty.pooled, conditions.pooled),
+        ("text", empty.features, text.features),
+        ("pooled", empty.pooled, text.pooled),
     ):
         if x.shape[1:] != own.shape[1:]:
             expected, got = list(own.shape[1:]), list(x.shape[1:])
             raise ValueError(f"empty {name}: expected {expected} in a row, got {got}")
     mask = None
-    if conditions.text_mask is not None or empty.text_mask is not None:
-        mask = torch.where(drop[:, None], _text_mask(empty), _text_mask(conditions))
-    text = torch.where(drop[:, None, None], empty.text, conditions.text)
-    return Conditions(text, mask, torch.where(drop[:, None], empty.pooled, conditions.pooled))
+    if text.mask is not None or empty.mask is not None:
+        mask = torch.where(drop[:, None], _text_mask(empty), _text_mask(text))
+    features = torch.where(drop[:, None, None], empty.features, text.features)
+    return TextFeatures(features, mask, torch.where(drop[:, None], empty.pooled, text.pooled))
 
 
-def _text_mask(conditions: Conditions) -> Tensor:
-    """``[N, S]``; ones where there is no padding."""
-    if conditions.text_mask is not None:
-        return conditions.text_mask
-    text = conditions.text
-    return torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+def _text_mask(text: TextFeatures) -> Tensor:
+    """``[N, S]``, ones where there is no mask."""
+    if text.mask is not None:
+        return text.mask
+    features = text.features
+    return torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
 
 
 def column_tokens(height: int, width: int, stage: int, n_units: int, config: TrainingConfig) -> int:

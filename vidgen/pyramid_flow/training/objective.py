@@ -24,9 +24,8 @@ from ..model.config import PATCH
 from ..model.history import training_units
 from ..model.transformer import PyramidTransformer
 from ..sampling.scheduler import PyramidFlowScheduler
-from ..text import PARTS, read_features
+from ..text import PARTS, TextFeatures, read_features
 from .loss import (
-    Conditions,
     TrainingColumn,
     TrainingConfig,
     draw_column,
@@ -68,13 +67,13 @@ class PyramidFlowObjective(Objective):
     def forward(self, batch: Batch) -> Tensor:
         rows = zip(batch.samples, batch.positions, batch.generators, strict=True)
         columns = [self._column(x["latents"][None], place, g) for x, place, g in rows]
-        conditions = _conditions("prompt", batch.samples)
+        text = _features("prompt", batch.samples)
         if self.prompt_dropout:
             drop = batch.dropped(self.prompt_dropout)
-            conditions = drop_prompts(conditions, _conditions("negative", batch.samples), drop)
+            text = drop_prompts(text, _features("negative", batch.samples), drop)
         full = self.columns.full_sequence
         with self.autocast():
-            return training_step(self.model, columns, conditions, full_sequence=full).loss
+            return training_step(self.model, columns, text, full_sequence=full).loss
 
     def _column(self, latents: Tensor, position: int, generator: torch.Generator) -> TrainingColumn:
         """Of one sample. Its length is that of `training_units`, with a step to every round of
@@ -97,5 +96,5 @@ class PyramidFlowObjective(Objective):
         )
 
 
-def _conditions(name: str, samples: list[Sample]) -> Conditions:
-    return Conditions(*(torch.cat([x[f"{name}.{part}"] for x in samples]) for part in PARTS))
+def _features(name: str, samples: list[Sample]) -> TextFeatures:
+    return TextFeatures(*(torch.cat([x[f"{name}.{part}"] for x in samples]) for part in PARTS))
