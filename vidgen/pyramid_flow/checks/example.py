@@ -1,5 +1,8 @@
-"""Steps of training and sampling, and whole videos, on random numbers at released sizes: for
-benchmarks, profiles and tests."""
+"""Examples for benchmarks, profiles and tests: models and inputs of released sizes, all random.
+
+There is an example of a training step, of one evaluation while sampling, and of a whole video. Each
+is called with a model.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ LATENTS = {"192p": (24, 40), "384p": (48, 80), "768p": (96, 160), "toy": (8, 16)
 def example_config(
     model: str, n_heads: int | None = None, n_layers: int | None = None
 ) -> FluxConfig | MMDiTConfig:
-    """The released ``flux`` or ``mmdit``, or one with fewer heads (of 64) and layers of a kind."""
+    """The released ``flux`` or ``mmdit``, or with ``n_heads`` and ``n_layers`` of each kind."""
     if model not in ("flux", "mmdit"):
         raise ValueError(f"model: expected flux or mmdit, got {model!r}")
     config = FluxConfig() if model == "flux" else MMDiTConfig()
@@ -62,7 +65,7 @@ def example_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PyramidTransformer:
-    """Random weights everywhere, also where a fresh model has zeros: nothing is trivially 0."""
+    """A model with random weights everywhere, also where a fresh model has zeros."""
     build = PyramidFluxTransformer if isinstance(config, FluxConfig) else PyramidDiffusionMMDiT
     with torch.device(device):
         model = build(config, ops).to(dtype)  # type: ignore[arg-type]
@@ -71,7 +74,7 @@ def example_model(
 
 
 class TrainingExample(NamedTuple):
-    """What one step of training as released needs, ratios 1, 2, 1."""
+    """The inputs of one training step as released, with ratios 1, 2, 1."""
 
     latents: Tensor
     draws: list[ColumnDraws]
@@ -88,7 +91,7 @@ class TrainingExample(NamedTuple):
 
 
 class SamplingExample(NamedTuple):
-    """What one evaluation of a model needs while it makes a frame."""
+    """The inputs of one evaluation of a model while it makes a frame."""
 
     clips: list[Tensor]
     timestep: Tensor
@@ -146,7 +149,7 @@ class SamplingExample(NamedTuple):
 
 
 class VideoExample(NamedTuple):
-    """What a whole video is sampled from; every stage of every unit has one step."""
+    """The inputs of a whole video. Every stage of every unit has one step."""
 
     text: Prompts
     size: tuple[int, int]
@@ -177,7 +180,7 @@ def training_example(
     rank: int = 0,
     seed: int = 0,
 ) -> TrainingExample:
-    """In the model's dtype and on its device."""
+    """A training step in the model's dtype and on its device."""
     config, normal = model.config, _Normal.like(model, seed)
     training = TrainingConfig()
     n_samples = rows * len(training.stages)
@@ -199,7 +202,7 @@ def sampling_example(
     rows: int = 2,
     seed: int = 0,
 ) -> SamplingExample:
-    """The clips before ``unit`` and its own at ``stage``; two rows are guidance's."""
+    """An evaluation at a stage of ``unit``, with its history. Guidance has two rows."""
     config, normal = model.config, _Normal.like(model, seed)
     clips = [*history_layout(unit, stage), HistoryClip(stage, unit_frames(unit))]
     top = TrainingConfig().n_stages - 1
@@ -217,15 +220,15 @@ def sampling_example(
 def video_example(
     model: PyramidTransformer, *, size: str = "384p", n_units: int = 16, seed: int = 0
 ) -> VideoExample:
-    """A prompt and a negative one; a unit is a latent frame."""
+    """A video from a prompt and a negative prompt, where every unit is one latent frame."""
     negative, prompt = (_text(model.config, 1, _Normal.like(model, seed + i)) for i in range(2))
     return VideoExample(Prompts(prompt, negative), LATENTS[size], n_units)
 
 
 def example_step(model: PyramidTransformer, **example: Any) -> Callable[[], Tensor]:
-    """One step of training on a `training_example`: a call does forward and backward.
+    """A function that runs forward and backward on a `training_example`, and returns the loss.
 
-    Gradients are left in the model, those of the call before are dropped; the loss is returned.
+    Gradients stay in the model until the next call.
     """
     loss_of = training_example(model, **example)
 
@@ -240,7 +243,7 @@ def example_step(model: PyramidTransformer, **example: Any) -> Callable[[], Tens
 
 @dataclass(frozen=True)
 class _Normal:
-    """Normal tensors, one after another from one generator."""
+    """Draws normal tensors from one generator."""
 
     generator: torch.Generator
     dtype: torch.dtype

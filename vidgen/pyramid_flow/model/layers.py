@@ -29,7 +29,7 @@ from .kv_cache import BlockCache
 from .sequence import Packing, join, split
 
 NORM_EPS = 1e-6
-FP16_MAX = 65504.0
+FP16_MAX = torch.finfo(torch.float16).max
 
 Vectors = list[Tensor]  # a vector [rows, D] for each part of a stream
 
@@ -43,7 +43,7 @@ class Modulation(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """SiLU of the embedded timestep and pooled text, from which every layer projects its modulation.
+    """SiLU of the embedded timestep and pooled text; every layer projects its modulation from it.
 
     Projections are stored in ``kept`` if there is one, so that a caller who uses the condition
     again saves computing them.
@@ -117,7 +117,7 @@ class Stream(NamedTuple):
         return Stream(x, join(updates), self.gate)
 
     def clipped(self) -> Stream:
-        """In fp16, the sum clipped to its range, as the official FLUX does after every block."""
+        """In fp16 the sum, clipped to the range of fp16 as in the official FLUX."""
         if self.x[0].dtype != torch.float16:
             return self
         return Stream([x.clip(-FP16_MAX, FP16_MAX) for x in self.total()])
@@ -241,7 +241,7 @@ class TimeTextEmbedding(nn.Module):
         self.text_embedder = TwoLayers(n_pooled, width)
 
     def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """``[B * N, D]`` from timesteps ``[B * N]``, 0 to 1000, and CLIP features ``[B * N, P]``."""
+        """``[B * N, D]``, of timesteps ``[B * N]``, 0 to 1000, and CLIP features ``[B * N, P]``."""
         t = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
         j = torch.arange(self.N_FREQUENCIES, dtype=t.dtype, device=t.device)
         angle = t[:, None] * torch.exp(j * (-math.log(10000.0) / self.N_FREQUENCIES))

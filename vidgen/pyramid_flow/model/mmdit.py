@@ -1,4 +1,4 @@
-"""Pyramid Flow's transformer of Stable Diffusion 3's type (`PyramidDiffusionMMDiT`, 2.0 B).
+"""Pyramid Flow's transformer in the style of Stable Diffusion 3 (`PyramidDiffusionMMDiT`, 2.0 B).
 
 All blocks have separate weights for text and video. A table of position embeddings is added to the
 tokens for their place in the picture; time is rotary. How to call it: see `transformer`.

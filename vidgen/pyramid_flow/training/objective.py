@@ -1,12 +1,12 @@
-"""Pyramid Flow's loss on a batch of `vidgen train`.
+"""Connects Pyramid Flow's loss to `vidgen train`: how samples are read and made into columns.
 
-A sample is safetensors with ``latents`` [C, T, h, w], normalised (`normalize_latents`), T = 1 for
-an image, and ``prompt.text``, ``prompt.text_mask``, ``prompt.pooled`` of one prompt, as a file of
-features for `vidgen generate` has them. The same three of ``negative``, features of the empty
-prompt, take their place where a prompt is dropped.
+A sample is a safetensors file with ``latents`` [C, T, h, w], normalised (`normalize_latents`), and
+T = 1 for an image; and with ``prompt.text``, ``prompt.text_mask`` and ``prompt.pooled`` of one
+prompt, as in the files of features for `vidgen generate`. It may also have the same three of
+``negative``: the features of the empty prompt, used where a prompt is dropped.
 
-Each sample is a column with one row: samples of any sizes may be mixed. The sample at position p of
-the run has the place p modulo the number of columns in `TrainingConfig.stages`.
+Each sample is a column with one row, so that samples of any sizes may be mixed. The sample at
+position p of the run takes entry p of `TrainingConfig.stages`, modulo their number.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ class PyramidFlowObjective(Objective):
             return training_step(self.model, columns, text, full_sequence=full).loss
 
     def _column(self, latents: Tensor, position: int, generator: torch.Generator) -> TrainingColumn:
-        """Of one sample. Its length is that of `training_units`, with a step to every round of
-        columns: the released code has a round in each process."""
+        """The column of one sample.
+
+        Its length comes from `training_units`, where a step is one round through the stages. In
+        the released code each process has one round in a step.
+        """
         config = self.columns
         step, column = divmod(position, len(config.stages))
         stage, n_units = config.stages[column], 0
