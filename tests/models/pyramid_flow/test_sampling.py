@@ -36,7 +36,7 @@ def tiny(name: str, ops=FUSED, dtype: torch.dtype = torch.float64, **options) ->
 
 
 def features(n_valid: list[int], n_text: int = 5, seed: int = 0) -> TextFeatures:
-    """Of prompts of these lengths."""
+    """Features of prompts with these numbers of tokens."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(len(n_valid), n_text, 10, generator=generator)
     mask = torch.arange(n_text) < torch.tensor(n_valid)[:, None]
@@ -49,7 +49,7 @@ PROMPTS = Prompts(features([4, 2]), features([1, 5], seed=1))
 def make(
     model: PyramidTransformer, config: SamplingConfig = VIDEO, text: Any = PROMPTS, **options: Any
 ) -> Tensor:
-    """With noise of its own, always the same."""
+    """Samples a video, always with the same noise."""
     noise = DrawnNoise(torch.Generator().manual_seed(7), torch.float64)
     return sample(model, text, config, **{"noise": noise} | options)
 
@@ -75,7 +75,7 @@ def timesteps_of(model: PyramidTransformer) -> list[Tensor]:
 @every_model
 @pytest.mark.parametrize("per_unit", [1, 2])
 def test_operators_and_caches_agree(name: str, per_unit: int) -> None:
-    """Eager PyTorch that keeps nothing, kernels, and kernels with each kind of cache."""
+    """Eager PyTorch, kernels without a cache, and kernels with each kind of cache agree."""
     config = replace(VIDEO, frames_per_unit=per_unit)
     expected = make(tiny(name, EAGER), config)
     assert expected.shape == (2, 16, config.n_frames, 8, 16)
@@ -94,7 +94,7 @@ def test_operators_and_caches_agree(name: str, per_unit: int) -> None:
 
 @every_model
 def test_scale_one_is_the_prompt_alone(name: str) -> None:
-    """By half of the rows; the negative prompt need not be there then."""
+    """Half as many rows are computed, and no negative prompt is needed."""
     config = replace(VIDEO, n_units=4, guidance=Guidance(1.0, 1.0), cache=CachePolicy())
     model = tiny(name)
     calls = rows_of_calls(model)
@@ -109,7 +109,7 @@ def test_scale_one_is_the_prompt_alone(name: str) -> None:
 
 
 def test_guidance_may_stop_and_start() -> None:
-    """What the cache has kept for other rows is not used."""
+    """A cache that was filled for other rows is not used."""
 
     @dataclass(frozen=True)
     class Sometimes(Guidance):
@@ -135,7 +135,7 @@ def test_scales_of_guidance() -> None:
 
 @dataclass
 class Recorded:
-    """Noise that is read again, from a given frame on."""
+    """Noise that is given to the sampler, the same in every run."""
 
     white: Tensor
     jumps: dict[tuple[int, int], Tensor]
@@ -150,7 +150,7 @@ class Recorded:
 @every_model
 @pytest.mark.parametrize("per_unit", [1, 2])
 def test_going_on_is_as_if_never_stopped(name: str, per_unit: int) -> None:
-    """From an image, and from longer clips."""
+    """Continuing an image or a clip gives the video that would have been made in one run."""
     config = replace(VIDEO, frames_per_unit=per_unit, cache=CachePolicy())
     model = tiny(name)
     shape = (2, 16, config.n_frames, 8, 16)
@@ -170,7 +170,7 @@ def test_going_on_is_as_if_never_stopped(name: str, per_unit: int) -> None:
 
 
 def test_stages_follow_one_another() -> None:
-    """A jump up-samples, adds noise that sums to 0 over a block, and keeps the mean's share."""
+    """A jump scales the mean of every block by alpha, for its noise sums to 0 over a block."""
     records: list[StageRecord] = []
     model, config = tiny("flux"), replace(VIDEO, n_units=2)
     latents = make(model, config, on_stage=records.append)
@@ -197,7 +197,7 @@ def test_one_negative_prompt_serves_all() -> None:
 
 
 def test_rounding_of_the_released_code() -> None:
-    """Latents and timesteps in the model's dtype; without the switch in fp32."""
+    """With `round_official` latents and timesteps are in the model's dtype, without it in fp32."""
     model = tiny("flux", dtype=torch.bfloat16)
     timesteps = timesteps_of(model)
     config = replace(VIDEO, n_units=2, first_steps=(10, 1, 1), round_official=True)
@@ -270,7 +270,7 @@ def test_bad_arguments() -> None:
 
 
 def test_nothing_is_drawn_for_a_bad_request() -> None:
-    """Checks come before the first random number."""
+    """All checks run before the first random number is drawn."""
     one_way, both_ways = tiny("flux"), tiny("flux", use_temporal_causal=False)
     for model, cache in ((one_way, CachePolicy(stages=(3,))), (both_ways, CachePolicy())):
         state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Pyramid Flow's training objective, its history of mixed resolutions, and its checkpoints."""
+"""Pyramid Flow's loss, the history of mixed resolutions, and loading checkpoints."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_history_holds_every_frame_once(per_unit: int) -> None:
 
 @pytest.mark.portable_only
 def test_long_small_sequences_go_with_short_large_ones() -> None:
-    """Over ranks and steps the highest resolution sees every length equally often."""
+    """Over ranks and steps, the highest resolution gets every length equally often."""
     seen = []
     for step in (1, 2):
         for rank in range(8):
@@ -137,7 +137,7 @@ def test_all_gradients_have_the_official_norms(name: str, ops) -> None:
 @pytest.mark.parametrize("full_sequence", [False, True])
 @pytest.mark.parametrize("per_unit", [1, 2])
 def test_inputs_and_targets_say_what_they_should(full_sequence: bool, per_unit: int) -> None:
-    """Start, end and target by their definition, on the stage's own frames."""
+    """Inputs and targets follow from the definitions of start, end and target."""
     config = TrainingConfig((1, 2, 1), frames_per_unit=per_unit, full_sequence=full_sequence)
     latents, _ = random_batch(8, 7)
     units = [3, 3, 2]
@@ -215,7 +215,7 @@ def test_draws_repeat_and_may_be_injected() -> None:
 
 @pytest.mark.portable_only
 def test_images_and_videos_in_one_step() -> None:
-    """Columns of both, packed with one row: the losses of each alone, averaged."""
+    """The loss of packed columns of images and videos is the mean of the losses of each alone."""
     model = example_model(CONFIG, FUSED, dtype=torch.float64)
     columns, texts = [], []
     for n_frames, ratios in ((1, (1, 1, 1)), (4, (1, 0, 1))):

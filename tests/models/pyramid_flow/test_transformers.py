@@ -1,4 +1,4 @@
-"""Pyramid Flow's transformers: the released sizes, laws of packing, agreement of the operators."""
+"""Pyramid Flow's transformers: released sizes, laws of packing, agreement of eager and fused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -203,7 +203,7 @@ def test_packed_is_each_alone(name: str, ops) -> None:
 @pytest.mark.portable_only
 @every_model
 def test_padding_is_not_there(name: str) -> None:
-    """Dropped physically, or full of other numbers: the same."""
+    """Removing the padding or changing its numbers changes no result."""
     model, inputs = tiny(name, FUSED), random_inputs(COLUMNS[:1], rows=1, valid=[3])
     with torch.no_grad():
         (padded,) = model.predict(**inputs)
@@ -228,7 +228,7 @@ def test_batch_rows_are_apart(name: str) -> None:
 
 @pytest.mark.portable_only
 def test_mask_says_what_the_official_rule_says() -> None:
-    """Query and key are both text or video, and the key's time is not later; text has time 0."""
+    """Query and key are no padding, and the key is not later than the query; text is at time 0."""
     columns = (((2, 1, 2), (1, 2, 2)), ((3, 1, 1),))
     n_text, valid = 3, torch.tensor([[1, 3], [2, 0]])  # [B, columns]
     text_mask = (torch.arange(n_text) < valid.reshape(-1, 1)).long()
@@ -249,7 +249,7 @@ def test_mask_says_what_the_official_rule_says() -> None:
 
 @pytest.mark.portable_only
 def test_eager_attention_runs_packed_sequences_one_by_one() -> None:
-    """The same numbers as under one dense mask, without making it."""
+    """The result is that of one dense mask, which is not built."""
     parts = [IntervalMask.block_causal([3, 2]), IntervalMask.full([2, 4], [5, 1])]
     mask = IntervalMask.pack([parts[0], IntervalMask.pad_text(parts[1], 2, [1, 2])])
     dense = mask.to_dense()
@@ -264,7 +264,7 @@ def test_eager_attention_runs_packed_sequences_one_by_one() -> None:
 
 
 def largest_allocation(run: Callable[[], object]) -> int:
-    """In bytes, whoever makes it."""
+    """The bytes of the largest allocation while ``run`` runs."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
@@ -274,7 +274,7 @@ def largest_allocation(run: Callable[[], object]) -> int:
 @pytest.mark.portable_only
 @every_model
 def test_a_training_step_holds_no_square_tensor(name: str) -> None:
-    """Not even of bytes; the official way holds one per column."""
+    """No tensor of L x L elements, even of bytes. The official code has one for each column."""
     frames = [(4, 16, 16), (9, 32, 32)]
     inputs = random_inputs([frames, frames], rows=1)
     inputs = {
@@ -327,10 +327,10 @@ def test_a_packing_serves_all_steps(name: str) -> None:
     packing = model.pack(inputs["columns"], inputs["text"], inputs["text_mask"], causal=False)
     patches = pack_patches(inputs["columns"])
     with torch.no_grad():
-        text_tokens = model.context_embedder(inputs["text"])
+        text_tokens, pooled = model.embed_text(inputs["text"], inputs["pooled"])
         for t in (800.0, 400.0):
             inputs["timestep"] = torch.full_like(inputs["timestep"], t)
-            condition = model.condition(inputs["timestep"], inputs["pooled"])
+            condition = model.condition(inputs["timestep"], pooled)
             again = packing.unpack(model(patches, text_tokens, condition, packing))
             for x, expected in zip(again, model.predict(**inputs, causal=False), strict=True):
                 assert torch.equal(x, expected)
@@ -339,7 +339,7 @@ def test_a_packing_serves_all_steps(name: str) -> None:
 @pytest.mark.portable_only
 @every_model
 def test_autocast_is_as_good_as_eager(name: str) -> None:
-    """Weights in fp32, results in the dtype of autocast, fp32 gradients."""
+    """Weights and gradients are in fp32, results in the dtype of autocast."""
     inputs, found = random_inputs(), {}
     for ops, dtype in ((EAGER, torch.float64), (EAGER, torch.float32), (FUSED, torch.float32)):
         given = {k: x if k == "text_mask" else tree_map(lambda t, d=dtype: t.to(d), x)
@@ -389,7 +389,7 @@ def test_half_precision_is_as_good_as_eager(name: str) -> None:
 
 @pytest.mark.portable_only
 def test_clipping_to_fp16() -> None:
-    """What does not fit is the largest number, in fp16 alone."""
+    """In fp16, numbers that are too large become the largest number."""
     for dtype, expected in ((torch.float16, 65504.0), (torch.float32, 90000.0)):
         x, gate = torch.full((1, 2, 3), 6e4, dtype=dtype), torch.full((1, 3), 0.5, dtype=dtype)
         (total,) = Stream([x], x, [gate]).clipped().total()

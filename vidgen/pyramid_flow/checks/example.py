@@ -100,8 +100,8 @@ class SamplingExample(NamedTuple):
 
     def __call__(self, model: PyramidTransformer) -> Tensor:
         """The velocity ``[B, C, 1, h, w]``, from text features and all clips."""
-        text_tokens = model.context_embedder(self.text.features)
-        return self._velocity(model, self.clips, text_tokens, self.packing)
+        text = model.embed_text(self.text.features, self.text.pooled)
+        return self._velocity(model, self.clips, text, self.packing)
 
     def as_sampled(
         self, model: PyramidTransformer, past_frames: int = 0
@@ -111,8 +111,8 @@ class SamplingExample(NamedTuple):
         Text is embedded, the last block runs on the tokens of the clip being made only, and keys
         and values of the ``past_frames`` oldest frames, all of the first clip, are in a cache.
         """
-        features, text_mask, _ = self.text
-        text_tokens, config = model.context_embedder(features), model.config
+        features, text_mask, pooled = self.text
+        text, config = model.embed_text(features, pooled), model.config
         old, rest = self.clips[0][:, :, :past_frames], self.clips[0][:, :, past_frames:]
         (column,) = grids_of([self.clips], config.latent_channels)
 
@@ -129,20 +129,21 @@ class SamplingExample(NamedTuple):
             entry = features.new_zeros(*size, config.attention_head_dim)
             before = (past_frames, rows, cols), column[-1]
             filled = StageCache([entry], 0, n_past, 0)
-            self._velocity(model, [old, self.clips[-1]], text_tokens, pack(before, 0), filled)
+            self._velocity(model, [old, self.clips[-1]], text, pack(before, 0), filled)
             cache = StageCache([entry], n_past, 0, past_frames)
             clips = [*([rest] if rest.shape[2] else []), *self.clips[1:]]
-        return lambda model: self._velocity(model, clips, text_tokens, packing, cache)
+        return lambda model: self._velocity(model, clips, text, packing, cache)
 
     def _velocity(
         self,
         model: PyramidTransformer,
         clips: list[Tensor],
-        text_tokens: Tensor,
+        text: tuple[Tensor, Tensor],  # from `PyramidTransformer.embed_text`
         packing: Packing,
         cache: StageCache | None = None,
     ) -> Tensor:
-        condition = model.condition(self.timestep, self.text.pooled)
+        text_tokens, pooled = text
+        condition = model.condition(self.timestep, pooled)
         caches = None if cache is None else cache.blocks(0)
         velocity = model(pack_patches([clips]), text_tokens, condition, packing, caches)
         return packing.unpack(velocity)[0]

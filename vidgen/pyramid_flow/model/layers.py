@@ -231,7 +231,10 @@ class TwoLayers(nn.Module):
 
 
 class TimeTextEmbedding(nn.Module):
-    """``c = MLP(cos and sin of t) + MLP(pooled text)``, a vector per sample and column."""
+    """``c = MLP(cos and sin of t) + MLP(pooled text)``, a vector per sample and column.
+
+    The second term is an input of `forward`: it stays the same while a video is made.
+    """
 
     N_FREQUENCIES = 128
 
@@ -240,11 +243,10 @@ class TimeTextEmbedding(nn.Module):
         self.timestep_embedder = TwoLayers(2 * self.N_FREQUENCIES, width)
         self.text_embedder = TwoLayers(n_pooled, width)
 
-    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """``[B * N, D]``, of timesteps ``[B * N]``, 0 to 1000, and CLIP features ``[B * N, P]``."""
+    def forward(self, timestep: Tensor, embedded_text: Tensor) -> Tensor:
+        """c ``[B * N, D]``; the timesteps ``[B * N]`` are 0 to 1000, the text ``[B * N, D]``."""
         t = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
         j = torch.arange(self.N_FREQUENCIES, dtype=t.dtype, device=t.device)
         angle = t[:, None] * torch.exp(j * (-math.log(10000.0) / self.N_FREQUENCIES))
-        text = self.text_embedder(pooled)
-        features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(text.dtype)
-        return self.timestep_embedder(features) + text
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(embedded_text.dtype)
+        return self.timestep_embedder(features) + embedded_text

@@ -76,8 +76,9 @@ class PyramidTransformer(nn.Module):
                     f"{name}: expected {n_rows * n_columns} rows ({n_rows} samples x "
                     f"{n_columns} columns), got shape {list(x.shape)}"
                 )
-        tokens, condition = self.context_embedder(text), self.condition(timestep, pooled)
-        return packing.unpack(self(pack_patches(columns), tokens, condition, packing))
+        text_tokens, pooled = self.embed_text(text, pooled)
+        condition = self.condition(timestep, pooled)
+        return packing.unpack(self(pack_patches(columns), text_tokens, condition, packing))
 
     def forward(
         self,
@@ -91,18 +92,23 @@ class PyramidTransformer(nn.Module):
 
         Args:
             patches: of all clips (`pack_patches`) that no cache holds, ``[B, sum of L, 4 C]``.
-            text_tokens: `context_embedder` of the text features, ``[B * columns, S, D]``. Not read
-                where the caches hold the text.
+            text_tokens: from `embed_text`, ``[B * columns, S, D]``; not read where the caches hold
+                the text.
             condition: from `condition`.
             packing: from `pack`, or with caches from `pack_for_sampling`.
             caches: the keys and values of each block.
         """
         raise NotImplementedError
 
-    def condition(self, timestep: Tensor, pooled: Tensor, *, keep: bool = False) -> Condition:
-        """The condition of timesteps ``[B * columns]`` and CLIP features.
+    def embed_text(self, text: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """T5 and CLIP features as `predict` takes them to text tokens ``[B * columns, S, D]`` and
+        pooled text ``[B * columns, D]``. They serve all timesteps."""
+        return self.context_embedder(text), self.time_text_embed.text_embedder(pooled)
 
-        ``keep``: it keeps the modulation of every layer, for more calls at the same timesteps.
+    def condition(self, timestep: Tensor, pooled: Tensor, *, keep: bool = False) -> Condition:
+        """The condition of timesteps ``[B * columns]`` and the pooled text of `embed_text`.
+
+        With ``keep`` it stores the modulation of every layer, for more calls at these timesteps.
         """
         c = F.silu(self.time_text_embed(timestep, pooled))
         return Condition(c, {} if keep else None)

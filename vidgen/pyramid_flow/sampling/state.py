@@ -112,13 +112,10 @@ class SamplerState:
         self.conditions: dict[tuple[int, bool], dict[int, Condition]] = {}
 
     @cached_property
-    def text_tokens(self) -> Tensor:
-        """Embedded text: of the negative prompts, if there are any, then of the prompts."""
-        return self.model.context_embedder(self._as_weights(self._joined("features")))
-
-    @cached_property
-    def pooled(self) -> Tensor:
-        return self._as_weights(self._joined("pooled"))
+    def embedded_text(self) -> tuple[Tensor, Tensor]:
+        """Tokens and pooled text of the negative prompts, if there are any, then of the prompts."""
+        features, pooled = self._joined("features"), self._joined("pooled")
+        return self.model.embed_text(self._as_weights(features), self._as_weights(pooled))
 
     @cached_property
     def text_mask(self) -> Tensor | None:

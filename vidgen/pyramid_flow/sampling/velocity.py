@@ -24,7 +24,7 @@ class StageVelocity:
         self.model, self.dtype = model, state.dtype
         self.is_guided = config.guidance.is_active(unit)
         rows = state.rows(self.is_guided)
-        self.text_tokens, self.pooled = state.text_tokens[rows], state.pooled[rows]
+        self.text_tokens, self.pooled = (x[rows] for x in state.embedded_text)
         self.n_rows = len(self.text_tokens)
 
         self.cache = state.cache.stage(unit, stage, self.n_rows)
