@@ -82,8 +82,8 @@ class PyramidTraining(PyramidStep, TokenStep):
 
     def widened(self, example: TrainingExample, dtype: torch.dtype) -> Callable[[Any], Tensor]:
         """The columns of the example, widened too: rounded to 16 bits a timestep would differ."""
-        columns, conditions = super().widened((example.columns(EAGER), example.conditions), dtype)
-        return lambda model: training_step(model, columns, conditions).loss
+        columns, text = super().widened((example.columns(EAGER), example.text), dtype)
+        return lambda model: training_step(model, columns, text).loss
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Text encoders of a few weights and a vocabulary of letters, in the folders of checkpoints."""
+"""Tiny text encoders whose vocabulary is eight letters, written in the layout of checkpoints.
+
+Tests of pipelines and commands use them in place of T5 and CLIP.
+"""
 
 from pathlib import Path
 

@@ -20,13 +20,13 @@ from .pipeline import FPS, PyramidFlowPipeline
 from .sampling.config import SamplingConfig
 from .sampling.guidance import Guidance, LinearGuidance
 from .sampling.noise import DrawnNoise
-from .sampling.run import check_prompts
 from .sampling.sampler import estimate_cache
+from .sampling.state import check_prompts
 from .text import NEGATIVE_PROMPT, Prompts, read_features
 
 SUMMARY = "Pyramid Flow: text to image or video, an image or the beginning of a video to video"
 
-# Height and width that a variant, known by the end of its name, is trained for.
+# Height and width that a variant is trained for, by the end of its name.
 SIZES = {"_384p": (384, 640), "_768p": (768, 1280), "_image": (1024, 1024)}
 FRAMES_PER_LATENT = 8
 N_UNITS = 16  # of a video: 121 frames
@@ -123,7 +123,7 @@ def count_frames(args: argparse.Namespace) -> int:
 
 
 def _unit_length(args: argparse.Namespace) -> int:
-    """Frames of all units but the first, which is one frame."""
+    """Frames of every unit but the first, which has one frame."""
     return FRAMES_PER_LATENT * args.frames_per_unit
 
 
@@ -139,7 +139,7 @@ def _count_units(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
-    """The whole request is checked before anything is made."""
+    """Makes the video. The whole request is checked before any long work."""
     policy = _cache_policy(args)
     size = _frame_size(args)
     pipeline = _pipeline(args, run)
@@ -226,7 +226,7 @@ def _cache_policy(args: argparse.Namespace) -> CachePolicy:
 
 
 def _read_given(args: argparse.Namespace) -> Tensor | None:
-    """The frames that the video begins with, the first and whole units, ``[T, h, w, 3]`` uint8."""
+    """The frames that the video begins with, uint8 ``[T, h, w, 3]``; of a clip, its last units."""
     if args.image is not None:
         return read_frames(args.image)[:1]
     if args.video is None:
@@ -236,7 +236,7 @@ def _read_given(args: argparse.Namespace) -> Tensor | None:
 
 
 def _n_hidden(args: argparse.Namespace, given: Tensor | None) -> int:
-    """How many of the first frames are not written."""
+    """How many of the first frames are left out of the output."""
     if not args.new_only:
         return 0
     if args.video is None or given is None:
@@ -252,5 +252,5 @@ def _prompts(pipeline: PyramidFlowPipeline, run: GenerateRun) -> Prompts:
         return random_prompts(config)
     assert run.prompt is not None
     prompts = pipeline.encode_prompts([run.prompt], run.negative_prompt or NEGATIVE_PROMPT)
-    pipeline.text_encoder = None  # the largest part, and all is encoded
+    pipeline.text_encoder = None  # frees the largest part, which is not used again
     return prompts

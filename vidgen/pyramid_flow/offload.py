@@ -1,4 +1,4 @@
-"""Models that take turns on a device that cannot hold all of them at once."""
+"""Lets models take turns on a device that cannot hold all of them. The pipeline uses it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Placement:
-    """Where models are while they are used.
+    """The device of the models, and whether they stay on it.
 
-    Usually a model is moved to the device the first time, and stays. With ``low_memory`` it is at
-    home on the CPU and only visits. Its weights go one way: what was on the device is dropped, for
-    inference changes nothing. On the CPU there is nowhere to go, so nothing is moved or copied.
+    Usually a model is moved to the device when it is first used, and stays there. With
+    ``low_memory`` its weights stay on the CPU and are copied to the device for each use. The copy
+    is dropped afterwards: inference changes no weights. If the device is the CPU, nothing is
+    copied.
     """
 
     device: torch.device | str = "cpu"

@@ -1,7 +1,8 @@
-"""Prompts, images and clips to video: text encoders, sampler and VAE put together.
+"""From prompts, images and clips to video: text encoders, sampler and VAE together.
 
-The VAE decodes a unit as soon as it is made, as the next chunk of the video; the frames are those
-of decoding all of them at the end, up to rounding.
+`vidgen generate` calls it, and so can a program. The VAE decodes a unit as soon as it is made, as
+the next chunk of the video; up to rounding, the frames are the same as if all were decoded at the
+end.
 
 Shapes: B prompts; F pixel frames, T latent frames, F = 1 + 8 (T - 1); H x W pixels.
 """
@@ -46,14 +47,14 @@ ENCODE_WINDOW, DECODE_WINDOW = 16, 2  # frames and latent frames at once
 
 
 class PyramidFlowPipeline:
-    """Everything that a released checkpoint holds.
+    """The models of a released checkpoint.
 
-    `generate` makes a video from encoded prompts (`encode_prompts`) and, if it is to go on from
-    an image or a clip, from its latents (`encode_video`).
+    `generate` makes a video from encoded prompts (`encode_prompts`). To continue an image or a
+    clip, it also takes the latents of that (`encode_video`).
 
     Args:
-        text_encoder: None where prompts come as features.
-        placement: where models are while they are used; default the CPU.
+        text_encoder: None if prompts come as features.
+        placement: the device of the models; default the CPU.
     """
 
     def __init__(
@@ -79,14 +80,14 @@ class PyramidFlowPipeline:
         placement: Placement | None = None,
         with_text_encoder: bool = True,
     ) -> PyramidFlowPipeline:
-        """The folder of a released checkpoint, read to the CPU.
+        """Reads the folder of a released checkpoint to the CPU.
 
         Args:
             variant: the folder of the transformer within it, such as diffusion_transformer_384p.
-            with_text_encoder: False where prompts come as features: they are the largest part.
+            with_text_encoder: False if prompts come as features; the encoders are the largest part.
 
         Raises:
-            ValueError: files missing, or not of these models.
+            ValueError: files that are missing or of other models.
         """
         folder = Path(folder)
         return cls(
@@ -98,16 +99,16 @@ class PyramidFlowPipeline:
 
     @property
     def stats(self) -> LatentStats:
-        """Of the latents that the transformer was trained on."""
+        """The normalisation of the latents that the transformer was trained on."""
         is_flux = isinstance(self.transformer, PyramidFluxTransformer)
         return LATENT_STATS["pyramid_flux" if is_flux else "pyramid_mmdit"]
 
     def latent_size(self, height: int, width: int, n_stages: int = 3) -> tuple[int, int]:
-        """Of frames of so many pixels.
+        """Height and width of the latents of frames of ``height`` x ``width`` pixels.
 
         Raises:
-            ValueError: unless every resolution of the pyramid is a whole number of tokens: for the
-                released models, sides are multiples of 64.
+            ValueError: unless every resolution of the pyramid is a whole number of tokens. For the
+                released models, sides must be multiples of 64.
         """
         factor = self.vae.config.spatial_factor
         multiple = factor * 2 ** (n_stages - 1) * PATCH
@@ -120,7 +121,11 @@ class PyramidFlowPipeline:
     def encode_prompts(
         self, prompts: Sequence[str], negative_prompt: str = NEGATIVE_PROMPT
     ) -> Prompts:
-        """Features of B prompts, each with the released suffix, and of one negative prompt."""
+        """Features of B prompts, each with the released suffix, and of one negative prompt.
+
+        Raises:
+            ValueError: there are no text encoders.
+        """
         if self.text_encoder is None:
             raise ValueError("prompt: expected features, for no text encoders were loaded")
         texts = [*(prompt + PROMPT_SUFFIX for prompt in prompts), negative_prompt]
@@ -136,7 +141,7 @@ class PyramidFlowPipeline:
     def encode_video(
         self, video: Tensor, *, generator: torch.Generator | None = None, tile: int | None = None
     ) -> Tensor:
-        """The normalised latents of the beginning of a video, drawn from what the VAE says.
+        """The normalised latents of the beginning of a video, drawn from the VAE's posterior.
 
         Args:
             video: ``[B, 3, F, H, W]`` in [-1, 1]; an image has one frame.
@@ -165,21 +170,21 @@ class PyramidFlowPipeline:
         progress: Progress = SILENT,
         on_frames: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """Videos as uint8 frames ``[B, F, H, W, 3]`` on the CPU, with those that are given.
+        """Videos as uint8 frames ``[B, F, H, W, 3]`` on the CPU, including given frames.
 
-        Units are decoded as they come, which holds what the VAE remembers of whole frames beside
-        the transformer. In low memory all are decoded at the end, in tiles one after the other.
+        Units are decoded as they are made, so that VAE and transformer are on the device together.
+        With low memory all units are decoded at the end, one tile after another.
 
         Args:
-            given: of `encode_video`, for each prompt or one for all.
+            given: from `encode_video`, for each prompt or one for all.
             tile: as for the VAE.
-            on_frames: called with frames ``[B, f, H, W, 3]`` as they come, given ones first.
+            on_frames: called with frames ``[B, f, H, W, 3]`` as they are decoded, given ones first.
 
         Raises:
-            ValueError: as `sample` does; another tile.
+            ValueError: as for `sample`; a size of tiles that does not fit.
         """
         if tile is not None:
-            decode_tiling(tile, self.vae.config.spatial_factor)  # may raise, before long work
+            decode_tiling(tile, self.vae.config.spatial_factor)  # raises before any long work
         if given is not None and len(given) == 1:
             given = given.expand(len(prompts.prompt.features), *given.shape[1:])
         chunks: list[Tensor] = []
@@ -219,7 +224,7 @@ class PyramidFlowPipeline:
         with self.placement.use(self.vae):
             x = _for_vae(self.vae, denormalize_latents(latents, self.stats))
             video = self.vae.decode(x, window=window, tile=tile)
-            # A part at a time, for there are fp32 copies on the way to levels of 8 bits.
+            # A part at a time: the conversion to 8 bits makes copies in fp32.
             parts = [
                 to_uint8(part, rounded=False).cpu() for part in video.split(ENCODE_WINDOW, dim=2)
             ]
@@ -227,7 +232,7 @@ class PyramidFlowPipeline:
 
 
 class UnitDecoder:
-    """Decodes the units of a video one after another, as chunks of one stream."""
+    """Decodes the units of a video one after another, as chunks of the same video."""
 
     def __init__(self, vae: CausalVideoVAE, stats: LatentStats, tile: int | None = None) -> None:
         self.vae, self.stats = vae, stats
@@ -239,7 +244,7 @@ class UnitDecoder:
     def __call__(self, unit: Tensor) -> Tensor:
         """uint8 frames ``[B, f, H, W, 3]`` on the CPU, of normalised latents ``[B, C, t, h, w]``.
 
-        A latent frame gives 8 of them, the first of the video 1.
+        A latent frame gives 8 frames, the first of the video 1.
         """
         unit_latents = denormalize_latents(unit, self.stats, start=self._n_decoded)
         self._waiting.append(_for_vae(self.vae, unit_latents))

@@ -1,7 +1,8 @@
-"""Text encoders of the released checkpoints, and files of features that were made beforehand.
+"""Text encoders of the released checkpoints, and files of features that are computed beforehand.
 
-T5 gives features of every token, padding included, and the mask that tells which are text; CLIP
-gives one pooled vector. Folders of a checkpoint, in the layout of transformers:
+T5 gives features of every token, including padding, and a mask of the tokens that are text. CLIP
+gives one pooled vector. `pipeline` encodes prompts; the sampler and training take `TextFeatures`.
+Folders of a checkpoint, in the layout of transformers:
 
     miniFLUX    tokenizer, text_encoder        CLIP-L, pooled [B, 768]
                 tokenizer_2, text_encoder_2    T5-XXL, text [B, 128, 4096]
@@ -9,8 +10,8 @@ gives one pooled vector. Folders of a checkpoint, in the layout of transformers:
                 tokenizer_2, text_encoder_2      pooled [B, 768 + 1280]
                 tokenizer_3, text_encoder_3    T5-XXL, text [B, 128, 4096]
 
-A file of features is safetensors with ``prompt.text``, ``prompt.text_mask``, ``prompt.pooled`` and
-the same three of ``negative``, which guidance needs.
+A file of features is a safetensors file with ``prompt.text``, ``prompt.text_mask``,
+``prompt.pooled`` and, for guidance, the same three of ``negative``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .model.config import FluxConfig, MMDiTConfig
 
 TEXT_LENGTH = 128  # tokens of T5; longer prompts are cut
 
-# What the released code adds to every prompt, and its negative prompt where none is given.
+# The released code appends this to every prompt, and has this default negative prompt.
 PROMPT_SUFFIX = ", hyper quality, Ultra HD, 8K"
 NEGATIVE_PROMPT = (
     "cartoon style, worst quality, low quality, blurry, absolute black, absolute white, low res, "
@@ -40,7 +41,7 @@ PARTS = ("text", "text_mask", "pooled")  # of a prompt in a file, in the order o
 
 
 class TextFeatures(NamedTuple):
-    """What the transformer sees of B prompts."""
+    """What the text encoders give for B prompts, and the transformer takes."""
 
     features: Tensor  # [B, S, joint_attention_dim]
     mask: Tensor | None  # [B, S], zero for the padding at the end
@@ -48,19 +49,19 @@ class TextFeatures(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What a video is made from, and what guidance leads away from."""
+    """The prompts of videos, and the negative prompts for guidance."""
 
     prompt: TextFeatures
     negative: TextFeatures | None
 
 
 class TextEncoder(nn.Module):
-    """T5 and one CLIP model, or two whose pooled features are put together.
+    """T5, and one CLIP model or two whose pooled features are concatenated.
 
     Args:
-        t5, clips: models of transformers: `T5EncoderModel`; `CLIPTextModel`, or
-            `CLIPTextModelWithProjection` whose projection is taken.
-        t5_tokenizer, clip_tokenizers: theirs.
+        t5, clips: models of transformers: `T5EncoderModel`, and `CLIPTextModel` or
+            `CLIPTextModelWithProjection`, whose projection is used.
+        t5_tokenizer, clip_tokenizers: their tokenizers.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, prompts: Sequence[str]) -> TextFeatures:
         """Features of B prompts, in the dtype of the encoders and on their device."""
-        # CLIP-G is given as many tokens as CLIP-L reads, as in the released code.
+        # As in the released code, CLIP-G gets as many tokens as CLIP-L reads.
         n_clip = self.clip_tokenizers[0].model_max_length
         pooled = [
             _pooled(clip(_tokens(tokenizer, prompts, n_clip, clip)[0]))
@@ -86,7 +87,7 @@ class TextEncoder(nn.Module):
 def _tokens(
     tokenizer: Any, prompts: Sequence[str], length: int, model: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and mask ``[B, length]``, padded or cut, where the model is."""
+    """Tokens and mask ``[B, length]``, padded or cut, on the model's device."""
     found = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
@@ -99,7 +100,7 @@ def _pooled(output: Any) -> Tensor:
 
 
 def load_text_encoder(folder: str | Path, dtype: torch.dtype) -> TextEncoder:
-    """The text encoders of a checkpoint, read from its folder alone; safetensors only.
+    """The text encoders in the folder of a checkpoint. Only safetensors are read.
 
     Raises:
         ValueError: a folder or weights missing.
@@ -122,7 +123,7 @@ def load_text_encoder(folder: str | Path, dtype: torch.dtype) -> TextEncoder:
 
 
 def write_features(path: str | Path, prompts: Prompts) -> None:
-    """A new file of features. Raises ValueError where ``path`` exists."""
+    """Writes a new file of features. Raises ValueError if ``path`` exists."""
     tensors = {}
     for name, found in prompts._asdict().items():
         if found is not None:
@@ -133,7 +134,7 @@ def write_features(path: str | Path, prompts: Prompts) -> None:
 
 
 def read_features(tensors: Mapping[str, Tensor], config: FluxConfig | MMDiTConfig) -> Prompts:
-    """The prompts in a file of features, for a transformer of these sizes.
+    """The prompts in a file of features, checked against a transformer's sizes.
 
     Raises:
         ValueError: tensors missing or left over, or of another shape.

@@ -1,4 +1,4 @@
-"""`vidgen train pyramid-flow`: on normalised latents and text features, see `objective`."""
+"""`vidgen train pyramid-flow`, on normalised latents and text features (see `objective`)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def load(args: argparse.Namespace, run: TrainRun) -> PyramidFlowObjective:
-    """Errors: `load_transformer`, and numbers out of range."""
+    """The model and its loss. Raises ValueError as `load_transformer` does, and for bad ratios."""
     ratios = tuple(args.ratios)
     if not any(ratios):
         raise ValueError(f"ratios: expected numbers that are not all 0, got {list(ratios)}")

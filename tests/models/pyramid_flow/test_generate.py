@@ -1,4 +1,4 @@
-"""`vidgen generate pyramid-flow`: files in, files out, what it refuses."""
+"""`vidgen generate pyramid-flow`: its input and output files, and its errors."""
 
 import argparse
 import json
@@ -55,13 +55,13 @@ def test_text_to_video(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert read_frames(path).shape == (25, 128, 64, 3)
     out, err = capfd.readouterr()
     assert "25 frames of 128 x 64" in out
-    # four units are too few for frames of the highest stage to come again
+    # with four units, nothing of the highest stage can be reused
     assert "cache of stages 0, 1:" in err and "MB of memory of the device" in err
 
 
 @pytest.mark.parametrize("length", [["--units", "3"], ["--frames", "33"]], ids=lambda x: x[0])
 def test_units_of_several_frames(length: list[str], clip: Path) -> None:
-    """Of 12 frames the last one begins the video: a unit takes 16 more."""
+    """A unit has 16 frames, so that of 12 frames only the last one begins the video."""
     path = clip.with_name("a.mp4")
     assert generate(path, "--video", clip, "--frames-per-unit", "2", *length) == 0
     assert len(read_frames(path)) == 33

@@ -1,19 +1,21 @@
-"""What Pyramid Flow's cache of keys and values keeps, and what it saves."""
+"""Pyramid Flow's cache of keys and values: what it stores, its size, and that it is exact."""
 
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.studies import pyramid_unit
 from vidgen.ops import FUSED
 from vidgen.pyramid_flow.checks.example import LATENTS, example_config, example_model
 from vidgen.pyramid_flow.model.config import PATCH
 from vidgen.pyramid_flow.model.history import settled_frames
-from vidgen.pyramid_flow.model.kv_cache import CachePolicy, CacheSizes, KVCache, plan
-from vidgen.pyramid_flow.model.sequence import n_tokens
+from vidgen.pyramid_flow.model.kv_cache import CachePolicy, CacheSizes, KVCache, StageCache, plan
+from vidgen.pyramid_flow.model.sequence import Packing, n_tokens, pack_patches
 from vidgen.pyramid_flow.model.transformer import PyramidTransformer
 from vidgen.pyramid_flow.sampling.config import SamplingConfig
 from vidgen.pyramid_flow.sampling.guidance import Guidance
@@ -33,7 +35,7 @@ def tiny(name: str, n_layers: int = 2, **options) -> PyramidTransformer:
 
 
 def sizes(resolution: str, n_units: int, n_heads: int = 30) -> CacheSizes:
-    """Of a released model with guidance, 10 steps a stage."""
+    """The cache sizes of a released model with guidance and 10 steps in each stage."""
     config = SamplingConfig(LATENTS[resolution], n_units)
     height, width = config.frame_size(0)
     tokens = height * width // PATCH**2
@@ -59,7 +61,7 @@ def test_settled_frames_are_the_longest_prefix_of_equal_resolution() -> None:
 
 @pytest.mark.portable_only
 def test_tokens_of_a_late_unit() -> None:
-    """What the model is given at unit 30 of ten seconds, with a cache and without."""
+    """The tokens of a call at unit 30, of a video of ten seconds, with a cache and without."""
     found = {}
     for resolution in LATENTS:
         config = SamplingConfig(LATENTS[resolution], 31)
@@ -78,14 +80,14 @@ def test_tokens_of_a_late_unit() -> None:
 @every_model
 @pytest.mark.portable_only
 def test_the_model_is_given_new_tokens_alone(name: str) -> None:
-    """Frames of each call by the rule, and in the last block the tokens being made."""
+    """A call has the frames that are not settled; the last block has the tokens being made only."""
     config = SamplingConfig((8, 8), 6, steps=(1, 1, 1), first_steps=(1, 1, 1))
     config = replace(config, guidance=Guidance(1.0, 1.0), cache=CachePolicy(stages=(0, 1)))
     model = tiny(name)
     n_frames: list[int] = []
     outputs: list[int] = []
     model.register_forward_pre_hook(
-        lambda _, args: n_frames.append(sum(clip.shape[2] for clip in args[0][0]))
+        lambda _, args: n_frames.append(sum(grid[0] for grid in args[3].columns[0]))
     )
     blocks = model.single_transformer_blocks if name == "flux" else model.transformer_blocks
     blocks[-1].register_forward_hook(
@@ -106,39 +108,42 @@ def test_the_model_is_given_new_tokens_alone(name: str) -> None:
 @every_model
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.portable_only)])
 def test_one_call_with_a_cache(name: str, causal: bool) -> None:
-    """A cache that one call fills gives the next the same velocity; padding stays unseen."""
+    """With a cache that another call has filled, the velocity is the same; padding is not seen."""
     model = tiny(name, n_layers=1, use_temporal_causal=causal)
     grids = ((2, 1, 2), (1, 1, 2), (1, 2, 4))  # frames, rows and columns of tokens
     clips = [torch.randn(2, 16, f, 2 * h, 2 * w, dtype=torch.float64) for f, h, w in grids]
     features = torch.randn(2, 5, 10, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     text_mask = (torch.arange(5) < torch.tensor([[2], [5]])).long()
-    text = model.embed_text(*features)
     timestep = torch.tensor([800.0, 800.0], dtype=torch.float64)
 
-    options = {"text": text.tokens, "text_mask": text_mask}
     with torch.no_grad():
-        (expected,) = model([clips], timestep, features[0], text_mask, features[1])
-        trimmed = model.pack_call(grids, **options, only_current=True)
-        (alone,) = model([clips], timestep, text, packing=trimmed)
+        (expected,) = model.predict([clips], timestep, features[0], text_mask, features[1])
+        text, pooled = model.embed_text(*features)
+        condition = model.condition(timestep, pooled)
+        pack = partial(model.pack_for_sampling, grids, text, text_mask)
+
+        def velocity(clips, packing: Packing, cache: StageCache | None = None) -> Tensor:
+            caches = None if cache is None else cache.blocks(0)
+            patches = model(pack_patches([clips]), text, condition, packing, caches)
+            return packing.unpack(patches)[0]
+
+        alone = velocity(clips, pack(only_current=True))
         torch.testing.assert_close(alone, expected, rtol=1e-10, atol=1e-10)
         if not causal:
             return
         tokens = 2  # of a frame at the lowest level
         layout = CacheSizes(model.n_blocks, 2, 1, 64, 5, tokens, (1,), 5, 1, torch.float64)
         cache = KVCache(CachePolicy(), layout, torch.device("cpu"))
-        first = cache.stage(3, 0, 2)  # found nothing, leaves text and three frames
+        first = cache.stage(3, 0, 2)  # reads nothing, stores text and three frames
         assert first is not None and (first.n_past, first.past_frames) == (0, 0)
         other = [*clips[:2], torch.randn_like(clips[2])]
-        model([other], timestep, text, packing=model.pack_call(grids, **options),
-              caches=first.blocks(0))  # fmt: skip
+        velocity(other, pack(), first)
         second = cache.stage(4, 0, 2)
         assert second is not None and (second.n_past, second.past_frames) == (11, 3)
         for only_current in (False, True):
-            packing = model.pack_call(grids, **options, past_frames=3, only_current=only_current)
-            (velocity,) = model(
-                [clips[2:]], timestep, text, packing=packing, caches=second.blocks(0)
-            )
-            torch.testing.assert_close(velocity, expected, rtol=1e-10, atol=1e-10)
+            packing = pack(past_frames=3, only_current=only_current)
+            cached = velocity(clips[2:], packing, second)
+            torch.testing.assert_close(cached, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.portable_only
@@ -152,7 +157,7 @@ def test_bytes_of_the_released_models() -> None:
         for n_heads, share in ((30, 1.0), (24, 0.8)):
             estimate = plan(CachePolicy(), sizes(resolution, n_units, n_heads))
             assert estimate.n_bytes / 1e9 == pytest.approx(share * expected, rel=5e-3)
-    assert plan(CachePolicy(), sizes("384p", 2)).stages == ()  # nothing comes back
+    assert plan(CachePolicy(), sizes("384p", 2)).stages == ()  # nothing can be reused
 
 
 @pytest.mark.portable_only
@@ -176,7 +181,7 @@ def test_a_budget_takes_the_lowest_stages() -> None:
 
 @pytest.mark.portable_only
 def test_the_estimate_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And every entry is written full."""
+    """The cache has the estimated size, and every entry is filled."""
     caches: list[KVCache] = []
     build = KVCache.__init__
 
@@ -197,7 +202,7 @@ def test_the_estimate_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(x.numel() * x.itemsize for x in entries) == estimate.n_bytes > 0
     assert len(entries) == 4 and all(x.isfinite().all() for x in entries)
     given = torch.randn(2, model.config.latent_channels, 5, 8, 8)
-    sample(model, text, config, given=given)  # nobody comes back to what one unit would leave
+    sample(model, text, config, given=given)  # only one unit is made, so nothing can be reused
     assert caches[1].estimate == estimate_cache(model, text, config, n_given=5)
     assert caches[1].estimate.n_bytes == 0 and not caches[1]._entries
 
@@ -206,7 +211,7 @@ def test_the_estimate_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> N
 def test_benchmark_of_a_unit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs, agrees with itself, and says how many tokens a unit takes."""
+    """It runs, its providers agree, and it reports the tokens of a unit."""
     arguments = "--size toy --unit 4 --heads 1 --layers 1 --repeats 1"
     monkeypatch.setattr("sys.argv", ["pyramid_unit", *arguments.split()])
     pyramid_unit.main()
@@ -222,7 +227,7 @@ def test_benchmark_of_a_unit(
 
 @pytest.mark.portable_only
 def test_what_lies_in_the_cpus_memory_is_copied_in_one_piece() -> None:
-    """The past of a block has no holes, however much of the entry is still empty."""
+    """In the CPU's memory the past of a block is contiguous, even in a half-empty entry."""
     layout = CacheSizes(2, 2, 3, 8, 5, 4, (1,), 9, 1, torch.float32)
     for on_cpu in (False, True):
         cache = KVCache(CachePolicy(on_cpu=on_cpu), layout, torch.device("cpu"))
@@ -232,8 +237,8 @@ def test_what_lies_in_the_cpus_memory_is_copied_in_one_piece() -> None:
         block = stage.blocks(0)[1]
         assert block.entry.shape == (2, 2, 3, layout.capacity(0), 8)
         k, v = torch.randn(2, 2, 3, 40, 8)
-        block._replace(n_past=0, n_kept=17).keep(k, v)
-        past = torch.stack(block.past(torch.device("cpu")))
+        block._replace(n_past=0, n_new=17).write(k, v)
+        past = torch.stack(block.read(torch.device("cpu")))
         assert torch.equal(past, torch.stack([k, v])[..., :17, :])
         addresses = block.entry[..., :17, :]
         n_elements = 1 + sum(

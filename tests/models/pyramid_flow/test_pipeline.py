@@ -63,7 +63,7 @@ def clip(n_frames: int, batch: int = 1) -> Tensor:
 
 
 def assert_same_frames(actual: Tensor, expected: Tensor) -> None:
-    """uint8; but for a few that are rounded on either side of a whole level."""
+    """Equal uint8 frames, except for a few pixels that rounding changes by one level."""
     assert actual.dtype == torch.uint8 and actual.shape == expected.shape
     difference = (actual.int() - expected.int()).abs()
     assert difference.max() <= 1 and (difference != 0).float().mean() < 1e-3
@@ -125,7 +125,7 @@ def test_the_cache_changes_nothing(pipeline: PyramidFlowPipeline) -> None:
 
 
 def test_frames_of_the_released_code() -> None:
-    """Recorded ones of an image's continuation, decoded here unit by unit."""
+    """Decoding unit by unit gives the recorded frames of a video that continues an image."""
     (case,) = (c for c in verify.find_cases(CASES) if c.kind == "i2v")
     inputs, expected = case.tensors("in.", "cpu"), case.tensors("out.", "cpu")
     w, sampling = case.tensors("w.", "cpu"), case.config["sampling"]
@@ -146,7 +146,7 @@ def test_frames_of_the_released_code() -> None:
 
 @pytest.mark.parametrize("n_frames", [1, 17, 25])
 def test_latents_of_a_clip(pipeline: PyramidFlowPipeline, n_frames: int) -> None:
-    """Encoded in chunks, drawn from the posterior, each frame normalised by its own constants."""
+    """Clips are encoded in chunks, sampled from the posterior, and normalised."""
     video = clip(n_frames, batch=2)
     latents = pipeline.encode_video(video, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_bad_sizes(pipeline: PyramidFlowPipeline) -> None:
 
 
 class Words(nn.Module):
-    """Remembers what it was asked to encode."""
+    """A text encoder that records its texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ def test_prompts_are_encoded_as_the_released_code_does() -> None:
 
 
 def test_low_memory_holds_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights on the device are copies here, so that who is there is seen."""
+    """Here weights on the device are copies, so that the test can tell which model is there."""
     pipeline = random_pipeline(placement=Placement(low_memory=True))
     models = {"transformer": pipeline.transformer, "vae": pipeline.vae}
     home = {name: [x.data_ptr() for x in model.parameters()] for name, model in models.items()}

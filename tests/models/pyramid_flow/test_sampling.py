@@ -36,7 +36,7 @@ def tiny(name: str, ops=FUSED, dtype: torch.dtype = torch.float64, **options) ->
 
 
 def features(n_valid: list[int], n_text: int = 5, seed: int = 0) -> TextFeatures:
-    """Of prompts of these lengths."""
+    """Features of prompts with these numbers of tokens."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(len(n_valid), n_text, 10, generator=generator)
     mask = torch.arange(n_text) < torch.tensor(n_valid)[:, None]
@@ -49,7 +49,7 @@ PROMPTS = Prompts(features([4, 2]), features([1, 5], seed=1))
 def make(
     model: PyramidTransformer, config: SamplingConfig = VIDEO, text: Any = PROMPTS, **options: Any
 ) -> Tensor:
-    """With noise of its own, always the same."""
+    """Samples a video, always with the same noise."""
     noise = DrawnNoise(torch.Generator().manual_seed(7), torch.float64)
     return sample(model, text, config, **{"noise": noise} | options)
 
@@ -58,17 +58,24 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def calls_of(model: PyramidTransformer) -> list[tuple[int, Tensor]]:
-    """Rows and timesteps of every forward pass from now on."""
-    found: list[tuple[int, Tensor]] = []
-    model.register_forward_pre_hook(lambda _, args: found.append((len(args[0][0][-1]), args[1])))
+def rows_of_calls(model: PyramidTransformer) -> list[int]:
+    """The rows of every forward pass from now on."""
+    found: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: found.append(len(args[0])))
+    return found
+
+
+def timesteps_of(model: PyramidTransformer) -> list[Tensor]:
+    """The timesteps that the model embeds from now on."""
+    found: list[Tensor] = []
+    model.time_text_embed.register_forward_pre_hook(lambda _, args: found.append(args[0]))
     return found
 
 
 @every_model
 @pytest.mark.parametrize("per_unit", [1, 2])
 def test_operators_and_caches_agree(name: str, per_unit: int) -> None:
-    """Eager PyTorch that keeps nothing, kernels, and kernels with each kind of cache."""
+    """Eager PyTorch, kernels without a cache, and kernels with each kind of cache agree."""
     config = replace(VIDEO, frames_per_unit=per_unit)
     expected = make(tiny(name, EAGER), config)
     assert expected.shape == (2, 16, config.n_frames, 8, 16)
@@ -87,22 +94,22 @@ def test_operators_and_caches_agree(name: str, per_unit: int) -> None:
 
 @every_model
 def test_scale_one_is_the_prompt_alone(name: str) -> None:
-    """By half of the rows; the negative prompt need not be there then."""
+    """Half as many rows are computed, and no negative prompt is needed."""
     config = replace(VIDEO, n_units=4, guidance=Guidance(1.0, 1.0), cache=CachePolicy())
     model = tiny(name)
-    calls = calls_of(model)
+    calls = rows_of_calls(model)
     alone = make(model, config)
-    assert {rows for rows, _ in calls} == {2}
+    assert set(calls) == {2}
     calls.clear()
     assert_near(make(model, replace(config, guidance=Guidance(1.0, 1.0, always=True))), alone)
-    assert {rows for rows, _ in calls} == {4}
+    assert set(calls) == {4}
     assert_near(make(model, config, PROMPTS.prompt), alone)
     assert_near(make(model, replace(config, guidance=Guidance(0.0, 9.0))), alone)  # turned off
     assert not torch.allclose(make(model, replace(config, guidance=Guidance(1.0, 2.0))), alone)
 
 
 def test_guidance_may_stop_and_start() -> None:
-    """What the cache has kept for other rows is not used."""
+    """A cache that was filled for other rows is not used."""
 
     @dataclass(frozen=True)
     class Sometimes(Guidance):
@@ -128,7 +135,7 @@ def test_scales_of_guidance() -> None:
 
 @dataclass
 class Recorded:
-    """Noise that is read again, from a given frame on."""
+    """Noise that is given to the sampler, the same in every run."""
 
     white: Tensor
     jumps: dict[tuple[int, int], Tensor]
@@ -143,7 +150,7 @@ class Recorded:
 @every_model
 @pytest.mark.parametrize("per_unit", [1, 2])
 def test_going_on_is_as_if_never_stopped(name: str, per_unit: int) -> None:
-    """From an image, and from longer clips."""
+    """Continuing an image or a clip gives the video that would have been made in one run."""
     config = replace(VIDEO, frames_per_unit=per_unit, cache=CachePolicy())
     model = tiny(name)
     shape = (2, 16, config.n_frames, 8, 16)
@@ -163,7 +170,7 @@ def test_going_on_is_as_if_never_stopped(name: str, per_unit: int) -> None:
 
 
 def test_stages_follow_one_another() -> None:
-    """A jump up-samples, adds noise that sums to 0 over a block, and keeps the mean's share."""
+    """A jump scales the mean of every block by alpha, for its noise sums to 0 over a block."""
     records: list[StageRecord] = []
     model, config = tiny("flux"), replace(VIDEO, n_units=2)
     latents = make(model, config, on_stage=records.append)
@@ -190,16 +197,16 @@ def test_one_negative_prompt_serves_all() -> None:
 
 
 def test_rounding_of_the_released_code() -> None:
-    """Latents and timesteps in the model's dtype; without the switch in fp32."""
+    """With `round_official` latents and timesteps are in the model's dtype, without it in fp32."""
     model = tiny("flux", dtype=torch.bfloat16)
-    calls = calls_of(model)
+    timesteps = timesteps_of(model)
     config = replace(VIDEO, n_units=2, first_steps=(10, 1, 1), round_official=True)
     noise = torch.randn(2, 16, 2, 8, 16)
     jumps = {(u, s): torch.randn(2, 16, 1, 2 * 2**s, 4 * 2**s) for u in (0, 1) for s in (1, 2)}
     records: list[StageRecord] = []
     latents = make(model, config, noise=Recorded(noise, jumps), on_stage=records.append)
     assert latents.dtype == torch.bfloat16
-    assert calls[1][1].tolist() == [972.0] * 4  # of 971.584
+    assert timesteps[1].tolist() == [972.0] * 4  # of 971.584
 
     _, after, last = records[:3]
     alpha, beta = config.scheduler.renoise_coefficients(2)
@@ -212,10 +219,10 @@ def test_rounding_of_the_released_code() -> None:
     guided = uncond + 3.0 * (v - uncond)  # each operation rounds
     assert torch.equal((last.start.float() - guided).bfloat16(), last.end)
 
-    calls.clear()
+    timesteps.clear()
     exact = make(model, replace(config, round_official=False), noise=Recorded(noise, jumps))
     assert exact.dtype == torch.float32
-    assert calls[1][1].tolist() == pytest.approx([971.584] * 4)
+    assert timesteps[1].tolist() == pytest.approx([971.584] * 4)
     assert 0 < (exact - latents).abs().max() < 0.3 * exact.abs().max()
 
 
@@ -227,12 +234,11 @@ def test_progress_is_told_of_units_stages_and_steps() -> None:
                 yield step
 
     counts, model = Counts(), tiny("flux")
-    calls, times = calls_of(model), []
-    model.time_text_embed.register_forward_hook(lambda *_: times.append(0))
+    calls, timesteps = rows_of_calls(model), timesteps_of(model)
     make(model, replace(VIDEO, n_units=3), progress=counts)
     assert counts == {"units": 3, "stages": 9, "steps": 5 + 2 * 4}
     assert len(calls) == counts["steps"]
-    assert len(times) == 5 + 4  # all units but the first have the same timesteps
+    assert len(timesteps) == 5 + 4  # all units but the first have the same timesteps
 
 
 def test_bad_arguments() -> None:
@@ -264,7 +270,7 @@ def test_bad_arguments() -> None:
 
 
 def test_nothing_is_drawn_for_a_bad_request() -> None:
-    """Checks come before the first random number."""
+    """All checks run before the first random number is drawn."""
     one_way, both_ways = tiny("flux"), tiny("flux", use_temporal_causal=False)
     for model, cache in ((one_way, CachePolicy(stages=(3,))), (both_ways, CachePolicy())):
         state = torch.get_rng_state()

@@ -92,7 +92,7 @@ def test_inference_steps(options: dict, n: int) -> None:
 
 @every_variant
 def test_a_jump_lands_on_the_path_of_the_next_stage(options: dict) -> None:
-    """Covariance of an up-sampled block plus its noise is start_s^2 I, its signal 1 - start_s."""
+    """After a jump, a block has covariance start_s^2 I and signal 1 - start_s."""
     scheduler = PyramidFlowScheduler(**options)
     for s in range(1, scheduler.stages):
         alpha, beta = scheduler.renoise_coefficients(s)
@@ -160,7 +160,7 @@ def test_options_of_a_training_config() -> None:
 
 
 def test_step_counts_are_read_from_the_names_of_results(tmp_path: Path) -> None:
-    """A case with step counts that no stored case has: verify tells their names to the kind."""
+    """Verify recomputes a case whose step counts are in no stored case."""
     torch_files = pytest.importorskip("safetensors.torch")
     for ending in (".json", ".safetensors"):
         shutil.copy(CASES / f"scheduler{ending}", tmp_path / f"any{ending}")

@@ -1,4 +1,4 @@
-"""Text encoders of Pyramid Flow: folders as released, padding, files of features."""
+"""Pyramid Flow's text encoders: released folders, padding, files of features."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_flux_pools_the_last_token_of_clip(tmp_path: Path) -> None:
     encoder, (text, mask, pooled) = encode(tmp_path, ["a b c", "d"])
     assert mask is not None
     assert text.shape == (2, TEXT_LENGTH, 10) and mask.shape == (2, TEXT_LENGTH)
-    assert mask.sum(dim=1).tolist() == [4, 2]  # with the end
+    assert mask.sum(dim=1).tolist() == [4, 2]  # including the end token
     (clip,) = encoder.clips
     tokens = torch.tensor([[0, 2, 3, 4, 1, *[1] * 4], [0, 5, 1, *[1] * 6]])
     states = clip(tokens).last_hidden_state
@@ -78,7 +78,7 @@ def test_text_does_not_depend_on_padding() -> None:
         assert mask is not None
         alone = encoder.t5(torch.tensor([[4, 3, 1]])).last_hidden_state
         torch.testing.assert_close(text[mask.bool()], alone[0])
-        # a prompt too long is cut, and ends
+        # a prompt that is too long is cut and still gets its end token
         long, mask, _ = encoder(["a " * 200])
     assert mask.all() and long.shape == (1, TEXT_LENGTH, 10)
 

@@ -1,4 +1,4 @@
-"""Pyramid Flow's training objective, its history of mixed resolutions, and its checkpoints."""
+"""Pyramid Flow's loss, the history of mixed resolutions, and loading checkpoints."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ from vidgen.pyramid_flow.model.history import (
 )
 from vidgen.pyramid_flow.model.weights import load_pretrained, load_transformer
 from vidgen.pyramid_flow.sampling.scheduler import PyramidFlowScheduler
+from vidgen.pyramid_flow.text import TextFeatures
 from vidgen.pyramid_flow.training.loss import (
-    Conditions,
     TrainingConfig,
     balance,
     column_tokens,
@@ -59,15 +59,15 @@ RAW = {  # config.json as stored
 SCHEDULER = PyramidFlowScheduler()
 
 
-def random_batch(n_samples: int, n_frames: int, dtype=torch.float64) -> tuple[Tensor, Conditions]:
+def random_batch(n_samples: int, n_frames: int, dtype=torch.float64) -> tuple[Tensor, TextFeatures]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     mask = (torch.arange(5) < 1 + torch.arange(n_samples)[:, None] % 5).long()
-    conditions = Conditions(normal(n_samples, 5, 10), mask, normal(n_samples, 6))
-    return normal(n_samples, 4, n_frames, 8, 16), conditions
+    text = TextFeatures(normal(n_samples, 5, 10), mask, normal(n_samples, 6))
+    return normal(n_samples, 4, n_frames, 8, 16), text
 
 
 # ---- history
@@ -101,7 +101,7 @@ def test_history_holds_every_frame_once(per_unit: int) -> None:
 
 @pytest.mark.portable_only
 def test_long_small_sequences_go_with_short_large_ones() -> None:
-    """Over ranks and steps the highest resolution sees every length equally often."""
+    """Over ranks and steps, the highest resolution gets every length equally often."""
     seen = []
     for step in (1, 2):
         for rank in range(8):
@@ -137,7 +137,7 @@ def test_all_gradients_have_the_official_norms(name: str, ops) -> None:
 @pytest.mark.parametrize("full_sequence", [False, True])
 @pytest.mark.parametrize("per_unit", [1, 2])
 def test_inputs_and_targets_say_what_they_should(full_sequence: bool, per_unit: int) -> None:
-    """Start, end and target by their definition, on the stage's own frames."""
+    """Inputs and targets follow from the definitions of start, end and target."""
     config = TrainingConfig((1, 2, 1), frames_per_unit=per_unit, full_sequence=full_sequence)
     latents, _ = random_batch(8, 7)
     units = [3, 3, 2]
@@ -215,20 +215,20 @@ def test_draws_repeat_and_may_be_injected() -> None:
 
 @pytest.mark.portable_only
 def test_images_and_videos_in_one_step() -> None:
-    """Columns of both, packed with one row: the losses of each alone, averaged."""
+    """The loss of packed columns of images and videos is the mean of the losses of each alone."""
     model = example_model(CONFIG, FUSED, dtype=torch.float64)
-    columns, conditions = [], []
+    columns, texts = [], []
     for n_frames, ratios in ((1, (1, 1, 1)), (4, (1, 0, 1))):
         config = TrainingConfig(ratios)
         latents, given = random_batch(len(config.stages), n_frames)
         draws = draw(latents, config, [4, 4, 4], n_frames)
         columns += training_columns(latents, draws, config, SCHEDULER, [4, 4, 4], FUSED)
-        conditions.append(given)
-    together = Conditions(*(torch.cat(x) for x in zip(*conditions, strict=True)))
+        texts.append(given)
+    together = TextFeatures(*(torch.cat(x) for x in zip(*texts, strict=True)))
     with torch.no_grad():
         packed = training_step(model, columns, together).loss
         alone = [
-            training_step(model, [column], Conditions(*(x[i : i + 1] for x in together))).loss
+            training_step(model, [column], TextFeatures(*(x[i : i + 1] for x in together))).loss
             for i, column in enumerate(columns)
         ]
     torch.testing.assert_close(packed, torch.stack(alone).mean())
@@ -239,13 +239,13 @@ def test_learning_lowers_the_loss() -> None:
     torch.manual_seed(0)
     model = example_model(CONFIG, FUSED, dtype=torch.float32)
     config, units = TrainingConfig((1, 2, 1)), [2, 2, 2]
-    latents, conditions = random_batch(4, 2, torch.float32)
+    latents, text = random_batch(4, 2, torch.float32)
     draws = draw(latents, config, units, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     losses = []
     for _ in range(20):
         columns = training_columns(latents, draws, config, SCHEDULER, units, FUSED)
-        loss = training_step(model, columns, conditions).loss
+        loss = training_step(model, columns, text).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -255,28 +255,28 @@ def test_learning_lowers_the_loss() -> None:
 
 @pytest.mark.portable_only
 def test_dropped_prompts_are_the_empty_one() -> None:
-    _, conditions = random_batch(4, 1)
-    empty = Conditions(torch.zeros(1, 5, 10).double(), torch.ones(1, 5).long(), torch.ones(1, 6))
+    _, text = random_batch(4, 1)
+    empty = TextFeatures(torch.zeros(1, 5, 10).double(), torch.ones(1, 5).long(), torch.ones(1, 6))
     drop = torch.tensor([True, False, False, True])
-    dropped = drop_prompts(conditions, empty, drop)
-    for x, given, replacement in zip(dropped, conditions, empty, strict=True):
+    dropped = drop_prompts(text, empty, drop)
+    for x, given, replacement in zip(dropped, text, empty, strict=True):
         assert torch.equal(x[1:3], given[1:3])
         assert (x[[0, 3]] == replacement).all()
     with pytest.raises(ValueError, match=r"empty text: expected \[5, 10\] in a row, got \[1, 10\]"):
-        drop_prompts(conditions, empty._replace(text=torch.zeros(1, 1, 10)), drop)
+        drop_prompts(text, empty._replace(features=torch.zeros(1, 1, 10)), drop)
 
 
 @pytest.mark.portable_only
 def test_no_mask_is_one_without_padding() -> None:
-    _, conditions = random_batch(2, 1)
-    short = Conditions(torch.zeros(1, 5, 10), torch.tensor([[1, 0, 0, 0, 0]]), torch.ones(1, 6))
+    _, text = random_batch(2, 1)
+    short = TextFeatures(torch.zeros(1, 5, 10), torch.tensor([[1, 0, 0, 0, 0]]), torch.ones(1, 6))
     drop = torch.tensor([True, False])
-    dropped = drop_prompts(conditions._replace(text_mask=None), short, drop)
-    assert dropped.text_mask.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
-    dropped = drop_prompts(conditions, short._replace(text_mask=None), drop)
-    assert dropped.text_mask.tolist() == [[1, 1, 1, 1, 1], conditions.text_mask[1].tolist()]
-    neither = (x._replace(text_mask=None) for x in (conditions, short))
-    assert drop_prompts(*neither, drop).text_mask is None
+    dropped = drop_prompts(text._replace(mask=None), short, drop)
+    assert dropped.mask.tolist() == [[1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+    dropped = drop_prompts(text, short._replace(mask=None), drop)
+    assert dropped.mask.tolist() == [[1, 1, 1, 1, 1], text.mask[1].tolist()]
+    neither = (x._replace(mask=None) for x in (text, short))
+    assert drop_prompts(*neither, drop).mask is None
 
 
 @pytest.mark.portable_only

@@ -1,4 +1,4 @@
-"""Pyramid Flow's transformers: the released sizes, laws of packing, agreement of the operators."""
+"""Pyramid Flow's transformers: released sizes, laws of packing, agreement of eager and fused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from vidgen.pyramid_flow.model.flux import PyramidFluxTransformer
 from vidgen.pyramid_flow.model.layers import Stream
 from vidgen.pyramid_flow.model.mmdit import PyramidDiffusionMMDiT
 from vidgen.pyramid_flow.model.positions import coordinates, sincos_table, spatial_embedding, times
-from vidgen.pyramid_flow.model.sequence import pack, patchify, unpatchify
+from vidgen.pyramid_flow.model.sequence import pack, pack_patches, patchify, unpatchify
 from vidgen.pyramid_flow.model.transformer import PyramidTransformer
 from vidgen_kernels.common.launch import is_interpreted
 
@@ -162,7 +162,7 @@ def test_released_sizes(build, keys: dict, n_keys: int, n_parameters: int) -> No
 def test_a_fresh_model_predicts_zero(name: str) -> None:
     build = PyramidFluxTransformer if name == "flux" else PyramidDiffusionMMDiT
     model = build(TINY[name], FUSED).double()
-    assert all((x == 0).all() for x in model(**random_inputs()))
+    assert all((x == 0).all() for x in model.predict(**random_inputs()))
 
 
 # ---- laws
@@ -179,7 +179,7 @@ def test_operators_agree(name: str, causal: bool, size: str) -> None:
         inputs = random_inputs([[(1, 2, 2), (1, 4, 4)], [(1, 2, 2)]], rows=1)
     for ops in (EAGER, FUSED):
         model = tiny(name, ops, **options)
-        out = model(**inputs, causal=causal)
+        out = model.predict(**inputs, causal=causal)
         sum(x.square().mean() for x in out).backward()
         gradients = [x.grad for x in model.parameters() if x.grad is not None]
         found[ops] = [*out, *gradients]
@@ -195,22 +195,22 @@ def test_operators_agree(name: str, causal: bool, size: str) -> None:
 def test_packed_is_each_alone(name: str, ops) -> None:
     model, inputs = tiny(name, ops), random_inputs()
     with torch.no_grad():
-        for i, packed in enumerate(model(**inputs)):
-            (expected,) = model(**alone(inputs, i))
+        for i, packed in enumerate(model.predict(**inputs)):
+            (expected,) = model.predict(**alone(inputs, i))
             assert_near(packed, expected)
 
 
 @pytest.mark.portable_only
 @every_model
 def test_padding_is_not_there(name: str) -> None:
-    """Dropped physically, or full of other numbers: the same."""
+    """Removing the padding or changing its numbers changes no result."""
     model, inputs = tiny(name, FUSED), random_inputs(COLUMNS[:1], rows=1, valid=[3])
     with torch.no_grad():
-        (padded,) = model(**inputs)
+        (padded,) = model.predict(**inputs)
         inputs["text"][:, 3:] = 100.0
-        (other,) = model(**inputs)
+        (other,) = model.predict(**inputs)
         inputs |= {"text": inputs["text"][:, :3], "text_mask": None}
-        (short,) = model(**inputs)
+        (short,) = model.predict(**inputs)
     assert_near(padded, short)
     assert torch.equal(padded, other)
 
@@ -222,18 +222,18 @@ def test_batch_rows_are_apart(name: str) -> None:
     one = {k: x[3:6] for k, x in inputs.items() if k != "columns"}
     one["columns"] = [[clip[1:2] for clip in column] for column in inputs["columns"]]
     with torch.no_grad():
-        for x, expected in zip(model(**inputs), model(**one), strict=True):
+        for x, expected in zip(model.predict(**inputs), model.predict(**one), strict=True):
             assert_near(x[1:2], expected)
 
 
 @pytest.mark.portable_only
 def test_mask_says_what_the_official_rule_says() -> None:
-    """Query and key are both text or video, and the key's time is not later; text has time 0."""
+    """Query and key are no padding, and the key is not later than the query; text is at time 0."""
     columns = (((2, 1, 2), (1, 2, 2)), ((3, 1, 1),))
     n_text, valid = 3, torch.tensor([[1, 3], [2, 0]])  # [B, columns]
     text_mask = (torch.arange(n_text) < valid.reshape(-1, 1)).long()
     for causal in (True, False):
-        dense = pack(columns, 2, text_mask, text_mask, causal, n_axes=1).mask.to_dense()
+        dense = pack(columns, text_mask, text_mask, causal=causal, n_axes=1).mask.to_dense()
         start = 0
         for i, column in enumerate(columns):
             time = [0] * n_text + times(column).int().tolist()
@@ -249,7 +249,7 @@ def test_mask_says_what_the_official_rule_says() -> None:
 
 @pytest.mark.portable_only
 def test_eager_attention_runs_packed_sequences_one_by_one() -> None:
-    """The same numbers as under one dense mask, without making it."""
+    """The result is that of one dense mask, which is not built."""
     parts = [IntervalMask.block_causal([3, 2]), IntervalMask.full([2, 4], [5, 1])]
     mask = IntervalMask.pack([parts[0], IntervalMask.pad_text(parts[1], 2, [1, 2])])
     dense = mask.to_dense()
@@ -264,7 +264,7 @@ def test_eager_attention_runs_packed_sequences_one_by_one() -> None:
 
 
 def largest_allocation(run: Callable[[], object]) -> int:
-    """In bytes, whoever makes it."""
+    """The bytes of the largest allocation while ``run`` runs."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
@@ -274,7 +274,7 @@ def largest_allocation(run: Callable[[], object]) -> int:
 @pytest.mark.portable_only
 @every_model
 def test_a_training_step_holds_no_square_tensor(name: str) -> None:
-    """Not even of bytes; the official way holds one per column."""
+    """No tensor of L x L elements, even of bytes. The official code has one for each column."""
     frames = [(4, 16, 16), (9, 32, 32)]
     inputs = random_inputs([frames, frames], rows=1)
     inputs = {
@@ -285,7 +285,7 @@ def test_a_training_step_holds_no_square_tensor(name: str) -> None:
     for ops in (FUSED, EAGER):
         model = tiny(name, ops, torch.float32, num_attention_heads=1)
         found[ops] = largest_allocation(
-            lambda model=model: sum(x.square().mean() for x in model(**inputs)).backward()
+            lambda model=model: sum(x.square().mean() for x in model.predict(**inputs)).backward()
         )
     assert found[FUSED] < length**2 <= found[EAGER]
 
@@ -304,7 +304,7 @@ def test_checkpointing_changes_no_number(name: str) -> None:
                 block.register_forward_pre_hook(
                     lambda *_, key=key, counts=counts: counts.update({key: counts.get(key, 0) + 1})
                 )
-        sum(x.square().mean() for x in model(**inputs)).backward()
+        sum(x.square().mean() for x in model.predict(**inputs)).backward()
         found[ratio] = [x.grad for x in model.parameters() if x.grad is not None]
     for ratio in (0.0, 0.5):
         for actual, expected in zip(found[ratio], found[None], strict=True):
@@ -325,18 +325,21 @@ def test_checkpointing_changes_no_number(name: str) -> None:
 def test_a_packing_serves_all_steps(name: str) -> None:
     model, inputs = tiny(name, FUSED), random_inputs()
     packing = model.pack(inputs["columns"], inputs["text"], inputs["text_mask"], causal=False)
+    patches = pack_patches(inputs["columns"])
     with torch.no_grad():
+        text_tokens, pooled = model.embed_text(inputs["text"], inputs["pooled"])
         for t in (800.0, 400.0):
             inputs["timestep"] = torch.full_like(inputs["timestep"], t)
-            again = model(**inputs, packing=packing)
-            for x, expected in zip(again, model(**inputs, causal=False), strict=True):
+            condition = model.condition(inputs["timestep"], pooled)
+            again = packing.unpack(model(patches, text_tokens, condition, packing))
+            for x, expected in zip(again, model.predict(**inputs, causal=False), strict=True):
                 assert torch.equal(x, expected)
 
 
 @pytest.mark.portable_only
 @every_model
 def test_autocast_is_as_good_as_eager(name: str) -> None:
-    """Weights in fp32, results in the dtype of autocast, fp32 gradients."""
+    """Weights and gradients are in fp32, results in the dtype of autocast."""
     inputs, found = random_inputs(), {}
     for ops, dtype in ((EAGER, torch.float64), (EAGER, torch.float32), (FUSED, torch.float32)):
         given = {k: x if k == "text_mask" else tree_map(lambda t, d=dtype: t.to(d), x)
@@ -344,7 +347,7 @@ def test_autocast_is_as_good_as_eager(name: str) -> None:
         model = tiny(name, ops, dtype)
         with torch.autocast("cpu", torch.bfloat16 if not is_interpreted() else torch.float16,
                             enabled=dtype == torch.float32):  # fmt: skip
-            out = model(**given)
+            out = model.predict(**given)
             sum(x.float().square().mean() for x in out).backward()
         gradients = [x.grad for x in model.parameters() if x.grad is not None]
         assert all(x.dtype == dtype for x in gradients)
@@ -360,9 +363,9 @@ def test_autocast_is_as_good_as_eager(name: str) -> None:
 def test_compiles_whole(name: str) -> None:
     options = {"num_layers": 1} | ({"num_single_layers": 1} if name == "flux" else {})
     model, inputs = tiny(name, FUSED, **options), random_inputs([[(2, 4, 4), (1, 8, 8)]])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model.predict, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        for actual, expected in zip(compiled(**inputs), model(**inputs), strict=True):
+        for actual, expected in zip(compiled(**inputs), model.predict(**inputs), strict=True):
             assert_near(actual, expected)
 
 
@@ -374,7 +377,7 @@ def test_half_precision_is_as_good_as_eager(name: str) -> None:
         given = {k: x if k == "text_mask" else tree_map(lambda t, d=dtype: t.to(d), x)
                  for k, x in inputs.items()}  # fmt: skip
         with torch.no_grad():
-            found[ops, dtype] = tiny(name, ops, dtype)(**given)
+            found[ops, dtype] = tiny(name, ops, dtype).predict(**given)
     exact = found[EAGER, torch.float64]
     for fused, eager, x in zip(
         found[FUSED, torch.float16], found[EAGER, torch.float16], exact, strict=True
@@ -386,7 +389,7 @@ def test_half_precision_is_as_good_as_eager(name: str) -> None:
 
 @pytest.mark.portable_only
 def test_clipping_to_fp16() -> None:
-    """What does not fit is the largest number, in fp16 alone."""
+    """In fp16, numbers that are too large become the largest number."""
     for dtype, expected in ((torch.float16, 65504.0), (torch.float32, 90000.0)):
         x, gate = torch.full((1, 2, 3), 6e4, dtype=dtype), torch.full((1, 3), 0.5, dtype=dtype)
         (total,) = Stream([x], x, [gate]).clipped().total()
@@ -445,14 +448,15 @@ def test_options_of_positions(name: str) -> None:
     inputs = random_inputs()
     if name == "mmdit":
         with torch.no_grad():
-            base = tiny(name)(**inputs)
+            base = tiny(name).predict(**inputs)
             for option in ("add_temp_pos_embed", "interp_condition_pos"):
-                pairs = [tiny(name, ops, **{option: False})(**inputs) for ops in (EAGER, FUSED)]
+                models = [tiny(name, ops, **{option: False}) for ops in (EAGER, FUSED)]
+                pairs = [model.predict(**inputs) for model in models]
                 assert not torch.allclose(pairs[0][0], base[0])
                 assert_near(pairs[0][0], pairs[1][0])
     with torch.no_grad():
-        as_configured = tiny(name, use_temporal_causal=False)(**inputs)[0]
-        assert torch.equal(as_configured, tiny(name)(**inputs, causal=False)[0])
+        as_configured = tiny(name, use_temporal_causal=False).predict(**inputs)[0]
+        assert torch.equal(as_configured, tiny(name).predict(**inputs, causal=False)[0])
 
 
 BAD_INPUTS = {
@@ -477,7 +481,7 @@ BAD_INPUTS = {
 def test_bad_inputs(bad: str) -> None:
     change, message = BAD_INPUTS[bad]
     with pytest.raises(ValueError, match=message):
-        tiny("flux")(**(random_inputs([[(1, 4, 4)]], rows=1) | change))
+        tiny("flux").predict(**(random_inputs([[(1, 4, 4)]], rows=1) | change))
 
 
 @pytest.mark.portable_only

@@ -16,7 +16,6 @@ from tests.paths import GOLDEN
 from vidgen.commands import verify
 from vidgen.common.checkpoint import read_state_dict
 from vidgen.common.media import to_uint8
-from vidgen.pyramid_flow.vae import layers as vae_layers
 from vidgen.pyramid_flow.vae.config import FIXED, RELEASED, VAEConfig
 from vidgen.pyramid_flow.vae.latents import LATENT_STATS, denormalize_latents, normalize_latents
 from vidgen.pyramid_flow.vae.tiling import decode_tiling, encode_tiling, run_tiled
@@ -40,7 +39,7 @@ TINY = {
 
 @pytest.fixture
 def vae() -> CausalVideoVAE:
-    """Of small sizes that are not those of the recorded case, in fp64."""
+    """A small model in fp64, with other sizes than the recorded case."""
     model = CausalVideoVAE.from_config(TINY).double()
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
@@ -63,7 +62,7 @@ def join(chunks: Iterator[Tensor]) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal but for rounding, in fp64."""
+    """Equal in fp64 except for rounding."""
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -158,7 +157,7 @@ def test_chunks_are_exact(vae: CausalVideoVAE, n_frames: int, grad: bool) -> Non
 
 
 def test_chunks_as_they_come(vae: CausalVideoVAE) -> None:
-    """Of any lengths, from a generator that is asked for one only when it is needed."""
+    """Chunks may have any lengths, and are taken from an iterator one by one."""
     x, z = video(41), latents(6)
     asked = []
 
@@ -206,7 +205,7 @@ def test_memory_does_not_grow_with_the_video(vae: CausalVideoVAE, tile: int | No
 def test_less_memory_without_gradients(
     vae: CausalVideoVAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Normalised inputs are written frame by frame, straight to where convolutions read."""
+    """Normalised inputs are written frame by frame into the input of the convolution."""
     z = latents(3, 4, 4)
     with torch.no_grad(), PeakMemory() as ours:
         y = vae.decode(z)
@@ -214,7 +213,7 @@ def test_less_memory_without_gradients(
     def plainly(past: Tensor, x: Tensor, norm) -> Tensor:
         return torch.cat([past, x if norm is None else F.silu(norm(x))], dim=2)
 
-    monkeypatch.setattr(vae_layers, "_append", plainly)
+    monkeypatch.setattr("vidgen.pyramid_flow.vae.layers._append", plainly)
     with torch.no_grad(), PeakMemory() as plain:
         assert_same(vae.decode(z), y)
     assert ours.peak < 0.9 * plain.peak
@@ -224,7 +223,7 @@ def test_less_memory_without_gradients(
 
 
 def blend_by_loops(tiles: list[list[Tensor]], blend: int, keep: int) -> Tensor:
-    """The definition, pixel row by pixel row."""
+    """Blends and joins tiles by the definition, one row or column at a time."""
     rows = []
     for i, row in enumerate(tiles):
         for j, tile in enumerate(row):
@@ -284,7 +283,7 @@ def test_one_tile_is_no_tiling(vae: CausalVideoVAE) -> None:
 
 @pytest.mark.parametrize("tiling", [encode_tiling(64, 8), decode_tiling(64, 8)])
 def test_tiles_of_one_image_give_it_back(tiling) -> None:
-    """What all tiles agree on is not changed by blending them."""
+    """Blending tiles of one image gives that image."""
     x = torch.randn(1, 1, 1, 180, 150, dtype=torch.float64)
     tiling = tiling._replace(size=64, stride=48, blend=16, keep=48)
     assert_same(run_tiled(x, tiling, lambda tile, _: tile.clone()), x)
@@ -426,7 +425,7 @@ def test_released_model() -> None:
 
 
 def released_shapes() -> dict[str, list[int]]:
-    """The checkpoint's table of keys, written out from its description."""
+    """The keys and shapes of the released checkpoint, from its description."""
     shapes: dict[str, list[int]] = {}
 
     def add(name: str, *weight: int) -> None:
@@ -538,7 +537,7 @@ def test_nothing_that_changes_results_is_ignored(key: str) -> None:
 
 
 def test_levels_of_other_factors() -> None:
-    """Four times in space, twice in time."""
+    """A VAE of factor 4 in space and 2 in time."""
     levels = {"spatial": [True, False, True], "temporal": [False, True, False]}
     config = {"encoder_out_channels": 2, "decoder_in_channels": 2}
     for side, way in (("encoder", "down"), ("decoder", "up")):

@@ -1,1 +1,1 @@
-"""What `vidgen verify`, benchmarks and tests use: golden cases, example inputs and weights."""
+"""Golden cases, example inputs and random weights, for `vidgen verify`, benchmarks and tests."""

@@ -1,5 +1,8 @@
-"""Steps of training and sampling, and whole videos, on random numbers at released sizes: for
-benchmarks, profiles and tests."""
+"""Examples for benchmarks, profiles and tests: models and inputs of released sizes, all random.
+
+There is an example of a training step, of one evaluation while sampling, and of a whole video. Each
+is called with a model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ..model.history import HistoryClip, history_layout, training_units, unit_fr
 from ..model.kv_cache import OFF, CachePolicy, StageCache
 from ..model.mmdit import PyramidDiffusionMMDiT
 from ..model.positions import Column
-from ..model.sequence import Packing, grids_of
+from ..model.sequence import Packing, grids_of, pack_patches
 from ..model.transformer import PyramidTransformer
 from ..sampling.config import SamplingConfig
 from ..sampling.noise import DrawnNoise
@@ -28,7 +31,6 @@ from ..sampling.scheduler import PyramidFlowScheduler
 from ..text import TEXT_LENGTH, Prompts, TextFeatures
 from ..training.loss import (
     ColumnDraws,
-    Conditions,
     TrainingColumn,
     TrainingConfig,
     draw,
@@ -42,7 +44,7 @@ LATENTS = {"192p": (24, 40), "384p": (48, 80), "768p": (96, 160), "toy": (8, 16)
 def example_config(
     model: str, n_heads: int | None = None, n_layers: int | None = None
 ) -> FluxConfig | MMDiTConfig:
-    """The released ``flux`` or ``mmdit``, or one with fewer heads (of 64) and layers of a kind."""
+    """The released ``flux`` or ``mmdit``, or with ``n_heads`` and ``n_layers`` of each kind."""
     if model not in ("flux", "mmdit"):
         raise ValueError(f"model: expected flux or mmdit, got {model!r}")
     config = FluxConfig() if model == "flux" else MMDiTConfig()
@@ -63,7 +65,7 @@ def example_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PyramidTransformer:
-    """Random weights everywhere, also where a fresh model has zeros: nothing is trivially 0."""
+    """A model with random weights everywhere, also where a fresh model has zeros."""
     build = PyramidFluxTransformer if isinstance(config, FluxConfig) else PyramidDiffusionMMDiT
     with torch.device(device):
         model = build(config, ops).to(dtype)  # type: ignore[arg-type]
@@ -72,12 +74,12 @@ def example_model(
 
 
 class TrainingExample(NamedTuple):
-    """What one step of training as released needs, ratios 1, 2, 1."""
+    """The inputs of one training step as released, with ratios 1, 2, 1."""
 
     latents: Tensor
     draws: list[ColumnDraws]
     units: list[int]
-    conditions: Conditions
+    text: TextFeatures
 
     def columns(self, ops: Ops) -> list[TrainingColumn]:
         training, scheduler = TrainingConfig(), PyramidFlowScheduler()
@@ -85,52 +87,41 @@ class TrainingExample(NamedTuple):
 
     def __call__(self, model: PyramidTransformer) -> Tensor:
         """The loss."""
-        return training_step(model, self.columns(model.ops), self.conditions).loss
+        return training_step(model, self.columns(model.ops), self.text).loss
 
 
 class SamplingExample(NamedTuple):
-    """What one evaluation of a model needs while it makes a frame."""
+    """The inputs of one evaluation of a model while it makes a frame."""
 
     clips: list[Tensor]
     timestep: Tensor
-    conditions: Conditions
-    packing: Packing  # as a sampler does, built once for many evaluations
+    text: TextFeatures
+    packing: Packing  # built once for many evaluations, as the sampler does
 
     def __call__(self, model: PyramidTransformer) -> Tensor:
-        """The velocity ``[B, C, 1, h, w]``."""
-        arguments = ([self.clips], self.timestep, *self.conditions)
-        (velocity,) = model(*arguments, packing=self.packing)
-        return velocity
+        """The velocity ``[B, C, 1, h, w]``, from text features and all clips."""
+        text = model.embed_text(self.text.features, self.text.pooled)
+        return self._velocity(model, self.clips, text, self.packing)
 
     def as_sampled(
         self, model: PyramidTransformer, past_frames: int = 0
     ) -> Callable[[PyramidTransformer], Tensor]:
-        """The same call in the way of `sampling.sampler`, whose preparations are made here.
+        """The same evaluation as `sampling.sampler` runs it, with its preparations made here.
 
-        Text is embedded, the last block runs on the tokens alone that are being made, and keys and
-        values of the ``past_frames`` oldest frames, all of the first clip, are in a cache.
+        Text is embedded, the last block runs on the tokens of the clip being made only, and keys
+        and values of the ``past_frames`` oldest frames, all of the first clip, are in a cache.
         """
-        features, text_mask, pooled = self.conditions
+        features, text_mask, pooled = self.text
         text, config = model.embed_text(features, pooled), model.config
         old, rest = self.clips[0][:, :, :past_frames], self.clips[0][:, :, past_frames:]
         (column,) = grids_of([self.clips], config.latent_channels)
 
-        def call(
-            model: PyramidTransformer,
-            clips: list[Tensor],
-            packing: Packing,
-            cache: StageCache | None,
-        ) -> Tensor:
-            caches = None if cache is None else cache.blocks(0)
-            (velocity,) = model([clips], self.timestep, text, packing=packing, caches=caches)
-            return velocity
-
-        def pack_call(column: Column, past_frames: int) -> Packing:
-            return model.pack_call(
+        def pack(column: Column, past_frames: int) -> Packing:
+            return model.pack_for_sampling(
                 column, features, text_mask, past_frames=past_frames, only_current=True
             )
 
-        packing, clips, cache = pack_call(column, past_frames), self.clips, None
+        packing, clips, cache = pack(column, past_frames), self.clips, None
         if past_frames:
             _, rows, cols = column[0]
             n_past = features.shape[1] + past_frames * rows * cols
@@ -138,14 +129,28 @@ class SamplingExample(NamedTuple):
             entry = features.new_zeros(*size, config.attention_head_dim)
             before = (past_frames, rows, cols), column[-1]
             filled = StageCache([entry], 0, n_past, 0)
-            call(model, [old, self.clips[-1]], pack_call(before, 0), filled)
+            self._velocity(model, [old, self.clips[-1]], text, pack(before, 0), filled)
             cache = StageCache([entry], n_past, 0, past_frames)
             clips = [*([rest] if rest.shape[2] else []), *self.clips[1:]]
-        return lambda model: call(model, clips, packing, cache)
+        return lambda model: self._velocity(model, clips, text, packing, cache)
+
+    def _velocity(
+        self,
+        model: PyramidTransformer,
+        clips: list[Tensor],
+        text: tuple[Tensor, Tensor],  # from `PyramidTransformer.embed_text`
+        packing: Packing,
+        cache: StageCache | None = None,
+    ) -> Tensor:
+        text_tokens, pooled = text
+        condition = model.condition(self.timestep, pooled)
+        caches = None if cache is None else cache.blocks(0)
+        velocity = model(pack_patches([clips]), text_tokens, condition, packing, caches)
+        return packing.unpack(velocity)[0]
 
 
 class VideoExample(NamedTuple):
-    """What a whole video is sampled from; every stage of every unit has one step."""
+    """The inputs of a whole video. Every stage of every unit has one step."""
 
     text: Prompts
     size: tuple[int, int]
@@ -176,17 +181,17 @@ def training_example(
     rank: int = 0,
     seed: int = 0,
 ) -> TrainingExample:
-    """In the model's dtype and on its device."""
+    """A training step in the model's dtype and on its device."""
     config, normal = model.config, _Normal.like(model, seed)
     training = TrainingConfig()
     n_samples = rows * len(training.stages)
     latents = normal(n_samples, config.latent_channels, n_frames, *LATENTS[size])
-    conditions = _conditions(config, n_samples, normal)
+    text = _text(config, n_samples, normal)
     units = training_units(
         training.n_stages, n_frames, step=step, rank=rank, sync_group=min(8, n_frames)
     )
     draws = draw(latents, training, units, normal.generator)
-    return TrainingExample(latents, draws, units, conditions)
+    return TrainingExample(latents, draws, units, text)
 
 
 def sampling_example(
@@ -198,7 +203,7 @@ def sampling_example(
     rows: int = 2,
     seed: int = 0,
 ) -> SamplingExample:
-    """The clips before ``unit`` and its own at ``stage``; two rows are guidance's."""
+    """An evaluation at a stage of ``unit``, with its history. Guidance has two rows."""
     config, normal = model.config, _Normal.like(model, seed)
     clips = [*history_layout(unit, stage), HistoryClip(stage, unit_frames(unit))]
     top = TrainingConfig().n_stages - 1
@@ -207,29 +212,24 @@ def sampling_example(
         normal(rows, config.latent_channels, len(clip.frames), *sides)
         for clip, sides in zip(clips, sizes, strict=True)
     ]
-    conditions = _conditions(config, rows, normal)
-    timestep = torch.full_like(conditions.text[:, 0, 0], 500.0)
-    packing = model.pack([latents], conditions.text, conditions.text_mask)
-    return SamplingExample(latents, timestep, conditions, packing)
+    text = _text(config, rows, normal)
+    timestep = torch.full_like(text.features[:, 0, 0], 500.0)
+    packing = model.pack([latents], text.features, text.mask)
+    return SamplingExample(latents, timestep, text, packing)
 
 
 def video_example(
     model: PyramidTransformer, *, size: str = "384p", n_units: int = 16, seed: int = 0
 ) -> VideoExample:
-    """A prompt and a negative one; a unit is a latent frame."""
-    negative, prompt = (
-        TextFeatures(*conditions)
-        for conditions in (
-            _conditions(model.config, 1, _Normal.like(model, seed + i)) for i in range(2)
-        )
-    )
+    """A video from a prompt and a negative prompt, where every unit is one latent frame."""
+    negative, prompt = (_text(model.config, 1, _Normal.like(model, seed + i)) for i in range(2))
     return VideoExample(Prompts(prompt, negative), LATENTS[size], n_units)
 
 
 def example_step(model: PyramidTransformer, **example: Any) -> Callable[[], Tensor]:
-    """One step of training on a `training_example`: a call does forward and backward.
+    """A function that runs forward and backward on a `training_example`, and returns the loss.
 
-    Gradients are left in the model, those of the call before are dropped; the loss is returned.
+    Gradients stay in the model until the next call.
     """
     loss_of = training_example(model, **example)
 
@@ -244,7 +244,7 @@ def example_step(model: PyramidTransformer, **example: Any) -> Callable[[], Tens
 
 @dataclass(frozen=True)
 class _Normal:
-    """Normal tensors, one after another from one generator."""
+    """Draws normal tensors from one generator."""
 
     generator: torch.Generator
     dtype: torch.dtype
@@ -259,11 +259,11 @@ class _Normal:
         return torch.randn(shape, generator=self.generator, device=device, dtype=self.dtype)
 
 
-def _conditions(config: FluxConfig | MMDiTConfig, n_samples: int, normal: _Normal) -> Conditions:
-    """Text of several lengths."""
+def _text(config: FluxConfig | MMDiTConfig, n_samples: int, normal: _Normal) -> TextFeatures:
+    """Features of prompts of several lengths."""
     device = normal.generator.device
     lengths = torch.arange(n_samples, device=device) * 37 % TEXT_LENGTH + 1
-    return Conditions(
+    return TextFeatures(
         normal(n_samples, TEXT_LENGTH, config.joint_attention_dim),
         (torch.arange(TEXT_LENGTH, device=device) < lengths[:, None]).long(),
         normal(n_samples, config.pooled_projection_dim),

@@ -1,4 +1,8 @@
-"""What the golden cases of Pyramid Flow record, recomputed."""
+"""Recomputes what the golden cases of Pyramid Flow record.
+
+`KINDS` maps each kind of case to a function of its config, weights and inputs. `vidgen verify`
+compares the results with the recorded ones.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +24,10 @@ Tensors = dict[str, Tensor]
 def scheduler(
     config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops, outputs: Sequence[str]
 ) -> Results:
-    """Tables, inference steps of the counts N in ``v{i}.N{n}.s{stage}``, and a few Euler steps."""
+    """Tables, the steps of inference, and a few Euler steps, for each variant of the options.
+
+    Outputs named ``v{i}.N{n}.s{stage}...`` say which variants have n steps in a stage.
+    """
     results: Results = {}
     for i, options in enumerate(config["variants"]):
         tables = PyramidFlowScheduler.from_options(options)
@@ -56,7 +63,7 @@ def scheduler(
 def vae(
     config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops, outputs: Sequence[str]
 ) -> Results:
-    """The moments and the decoded video: at once, an image alone, in chunks, in tiles, as named."""
+    """Moments and decoded video. The names say whether of an image, in chunks, or in tiles."""
     named = r"(moments|decoded)(_image)?(_tiled)?(?:_chunk(\d+))?(?:_frames((?:_\d+)+))?"
     model = load_vae(config, w)
     results: Results = {}
@@ -80,7 +87,7 @@ def vae(
 def pyramid_ops(
     config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops, outputs: Sequence[str]
 ) -> Results:
-    """Levels of latents and noise, jumps between stages with given noise, and its covariance."""
+    """Levels of latents and noise, jumps between stages, and the covariance of block noise."""
     stages = config["stages"]
     tables = PyramidFlowScheduler.from_options(
         {"stage_range": [s / stages for s in range(stages + 1)], **config}
@@ -106,7 +113,7 @@ def pyramid_ops(
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower factor; a semidefinite matrix, as of gamma = 1/3, will do."""
+    """The lower Cholesky factor. The matrix may be singular, as it is for gamma = 1/3."""
     factor = torch.zeros_like(matrix)
     for i in range(len(matrix)):
         rest = matrix - factor @ factor.mT

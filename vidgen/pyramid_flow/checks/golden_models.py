@@ -1,4 +1,4 @@
-"""What the golden cases of Pyramid Flow's transformers and their training record, recomputed."""
+"""Recomputes what the golden cases of the transformers and of training record. See `golden`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ..model.sequence import Packing
 from ..model.transformer import PyramidTransformer
 from ..model.weights import load_transformer
 from ..sampling.scheduler import PyramidFlowScheduler
-from ..training.loss import ColumnDraws, Conditions, TrainingConfig, training_columns, training_step
+from ..text import TextFeatures
+from ..training.loss import ColumnDraws, TrainingConfig, training_columns, training_step
 from ..vae.latents import LatentStats, normalize_latents
 
 Tensors = dict[str, Tensor]
@@ -34,7 +35,7 @@ def numbered(inputs: Tensors, prefix: str) -> list[Tensor]:
 
 
 def forward(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """Calls of a transformer: what it predicts and, on the way, what its parts give."""
+    """Calls of a transformer: its predictions and the outputs of its parts."""
     model = load_transformer(config, w, ops)
     results: Results = {}
     for call in [name.removesuffix(".timestep") for name in inputs if name.endswith(".timestep")]:
@@ -45,32 +46,32 @@ def forward(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Re
         found: Results = {"mask": attention_mask(packing, text_mask != 0)}
         found |= position_tables(model, packing)
         with recorded(model, packing, text_mask[:1] != 0, found), torch.no_grad():
-            (found["pred"],) = model(
+            (found["pred"],) = model.predict(
                 [clips],
                 inputs[f"{call}.timestep"],
                 text,
                 text_mask,
                 inputs["pooled"],
-                packing=packing,
+                causal=causal,
             )
         results |= {f"{call}.{name}": x for name, x in found.items()}
     return results
 
 
 def attention_mask(packing: Packing, is_text: Tensor) -> Where:
-    """The dense mask ``[B, 1, L, L]``; what padding attends to is not compared."""
+    """The dense mask ``[B, 1, L, L]``. Rows of padding are not compared."""
     mask = packing.mask.to_dense().expand(len(is_text), -1, -1)
     n_video = mask.shape[1] - packing.text_length
     return Where(mask[:, None].to(torch.uint8), with_video(is_text, n_video)[:, None, :, None])
 
 
 def with_video(is_text: Tensor, n_video: int) -> Tensor:
-    """Which tokens count, bool ``[B, L]``: all but padding."""
+    """Which tokens are compared, bool ``[B, L]``: all except padding."""
     return torch.cat([is_text, is_text.new_ones(len(is_text), n_video)], dim=1)
 
 
 def position_tables(model: PyramidTransformer, packing: Packing) -> Results:
-    """Coordinates of text and video, and the cosines and sines that turn queries and keys."""
+    """Coordinates of text and video, and the cosines and sines of their rotations."""
     positions = packing.positions
     if positions is None:
         return {}
@@ -89,7 +90,7 @@ def position_tables(model: PyramidTransformer, packing: Packing) -> Results:
 def recorded(
     model: PyramidTransformer, packing: Packing, is_text: Tensor, found: Results
 ) -> Iterator[None]:
-    """Writes what the parts of a model give for batch row 0 to ``found`` while it runs."""
+    """Inside the context, a model's parts write their outputs for batch row 0 to ``found``."""
     in_joint = with_video(is_text, packing.video_lengths[0])
 
     def dual(name: str) -> Callable[..., None]:
@@ -130,7 +131,7 @@ def recorded(
 def pos_embed(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Tensors:
     """MM-DiT's position embeddings at the released sizes.
 
-    Of long frames the case keeps every 13th token, of the frame being made every 7th.
+    The case has every 13th token of long frames, and every 7th of the frame being made.
     """
     patch, n_side = config["patch_size"], config["pos_embed_max_size"]
     spacing = config["sample_size"] / patch / n_side
@@ -193,8 +194,8 @@ def training_case(
         for c in range(n_columns)
     ]
     columns = training_columns(latents, draws, training, scheduler, units, ops)
-    conditions = Conditions(inputs["text"], inputs["text_mask"], inputs["pooled"])
-    result = training_step(model, columns, conditions, full_sequence=full_sequence)
+    text = TextFeatures(inputs["text"], inputs["text_mask"], inputs["pooled"])
+    result = training_step(model, columns, text, full_sequence=full_sequence)
     result.loss.backward()
 
     timesteps = torch.stack([column.timestep for column in columns], dim=1).flatten()

@@ -1,8 +1,8 @@
-"""What the golden cases of whole sampling loops record, recomputed.
+"""Recomputes what the golden cases of whole sampling loops record. See `golden`.
 
-A loop runs twice. The stages are those of the loop as the released code runs it, with both prompts
-at every step and nothing kept; the latents at its end are those of a loop with a cache of keys and
-values that skips what it can. Both must be as recorded.
+Every loop runs twice. The first run is that of the released code, with both prompts at every step
+and no cache; the results of its stages are compared. The second run has a cache of keys and values
+and leaves out the negative prompt at scale 1; its final latents are compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class RecordedNoise:
-    """The random numbers of a case."""
+    """The recorded random numbers of a case."""
 
     inputs: Tensors
 
@@ -47,7 +47,7 @@ class RecordedNoise:
 
 
 def text_to_video(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops) -> Results:
-    """Starts and ends of stages, the first predictions, and the latents at the end."""
+    """Start, end and first prediction of every stage, and the final latents."""
     config = dict(config)
     options = config.pop("sampling")
     *_, height, width = inputs["init_noise"].shape
@@ -58,10 +58,10 @@ def text_to_video(config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops)
 def image_to_video(
     config: dict[str, Any], w: Tensors, inputs: Tensors, ops: Ops, outputs: Sequence[str]
 ) -> Results:
-    """The same from an image, which a VAE encodes, and the video that it decodes.
+    """The same for a video that continues an image, with the VAE's encoding and decoding.
 
-    Of its frames a case keeps those in the names ``decoded_frames_{i}_{j}...`` and, as uint8
-    ``[frames, H, W, C]``, every n-th in ``frames_every{n}``.
+    A case has the frames ``decoded_frames_{i}_{j}...`` of the video and, as uint8
+    ``[frames, H, W, C]``, every n-th frame in ``frames_every{n}``.
     """
     options = config["sampling"]
     stats = LatentStats(*(tuple(options["vae_shift_scale"][x]) for x in ("image", "video")))
@@ -90,7 +90,7 @@ def image_to_video(
 def both_loops(
     model: PyramidTransformer, config: SamplingConfig, inputs: Tensors, given: Tensor | None = None
 ) -> Results:
-    """What the module says of the two loops."""
+    """The results of the two runs."""
     prompt, negative = (
         TextFeatures(
             inputs[f"{name}.text"], inputs.get(f"{name}.text_mask"), inputs[f"{name}.pooled"]
@@ -144,7 +144,7 @@ def sampling_config(options: dict[str, Any], size: tuple[int, int]) -> SamplingC
 
 
 def steps_per_stage(n_steps: int | Sequence[int], n_stages: int) -> tuple[int, ...]:
-    """One number is for all stages."""
+    """A single number applies to all stages."""
     return (n_steps,) * n_stages if isinstance(n_steps, int) else tuple(n_steps)
 
 

@@ -1,4 +1,7 @@
-"""Everything of small size with random weights: noise, to try the pipeline and the command."""
+"""A small pipeline with random weights, to try the commands without a checkpoint.
+
+Its videos are noise. `vidgen generate --random-weights`, `vidgen train` and tests use it.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def random_pipeline(
     placement: Placement | None = None,
     seed: int = 0,
 ) -> PyramidFlowPipeline:
-    """Without text encoders."""
+    """A pipeline without text encoders."""
     transformer = example_model(config, ops, dtype=dtype, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,7 +58,7 @@ def random_pipeline(
 def random_prompts(
     config: FluxConfig | MMDiTConfig = SMALL, n: int = 1, *, length: int = 16, seed: int = 0
 ) -> Prompts:
-    """Features of n prompts, whose last token is padding, and of a negative one of one token."""
+    """Features of n prompts, whose last token is padding, and of a one-token negative prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def features(n: int, n_tokens: int) -> TextFeatures:

@@ -1,1 +1,1 @@
-"""The network: sizes, positions, layers, transformer, checkpoints."""
+"""The two transformers: sizes, positions, layers, checkpoints."""

@@ -1,4 +1,7 @@
-"""Attention of text and video as one sequence, and to the keys and values of a cache.
+"""Attention over text and video as one sequence, with an optional cache of keys and values.
+
+`layers` calls it in every block. Queries and keys pass an RMS norm over the head dim and a
+rotation by their positions (`Ops.qk_norm_rope`).
 
 Shapes: B batch rows, N columns, S text tokens, L video tokens of a column, T all tokens of the
 packed sequence, D width, H heads, hd head dim. Module names are those of the checkpoints.
@@ -26,30 +29,29 @@ class HeadNorm(nn.Module):
 def attend(
     ops: Ops, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: BlockCache | None
 ) -> Tensor:
-    """Attention to the tokens of the call and, with a cache, to those before them.
+    """Attention to the keys of this call and, with a cache, to the past keys in it.
 
-    q, k and v are ``[B, H, T, hd]``, of which the queries that count are taken. The keys of the
-    past are not joined with the others. With l the lse of an attention,
+    q, k and v are ``[B, H, T, hd]``. With ``packing.only_current``, only the queries of the clip
+    being made are taken. Past and new keys are not copied together. Instead attention runs twice,
+    and with l the log-sum-exp of the scores, attention to both is
 
         out = out_new + sigmoid(l_past - l_new) (out_past - out_new)
-
-    is the attention to both.
     """
     if packing.only_current:
         q = q[:, :, q.shape[2] - packing.current_lengths[0] :]
     if cache is not None:
-        cache.keep(k, v)
+        cache.write(k, v)
     if cache is None or packing.past_mask is None:
         return ops.interval_attention(q, k, v, packing.mask)
     out, lse = ops.interval_attention(q, k, v, packing.mask, return_lse=True)
-    past = cache.past(q.device)
+    past = cache.read(q.device)
     past_out, past_lse = ops.interval_attention(q, *past, packing.past_mask, return_lse=True)
     weight = (past_lse - lse).sigmoid()[..., None].to(out.dtype)
     return torch.lerp(out, past_out, weight)
 
 
 class Attention(nn.Module):
-    """Self-attention of one packed sequence, text included; without an output projection."""
+    """Self-attention over one packed sequence, text included. It has no output projection."""
 
     def __init__(self, width: int, n_heads: int, axes: tuple[int, ...], eps: float) -> None:
         super().__init__()
@@ -60,16 +62,16 @@ class Attention(nn.Module):
         self.norm_q = HeadNorm(width // n_heads)
         self.norm_k = HeadNorm(width // n_heads)
 
-    def stream(self, x: Tensor) -> QKVStream:
+    def project(self, x: Tensor) -> QKVStream:
         projections = self.to_q(x), self.to_k(x), self.to_v(x)
         return QKVStream(projections, self.norm_q.weight, self.norm_k.weight)
 
     def forward(
         self, x: Tensor, packing: Packing, ops: Ops, cache: BlockCache | None = None
     ) -> Tensor:
-        """``x`` [B, T, D]; the result is of the queries, ``[B, T or fewer, D]``."""
+        """From ``x`` ``[B, T, D]`` to the output of every query, ``[B, T or fewer, D]``."""
         q, k, v = ops.qk_norm_rope(
-            self.stream(x),
+            self.project(x),
             packing.positions,
             self.axes,
             n_heads=self.n_heads,
@@ -80,7 +82,7 @@ class Attention(nn.Module):
 
 
 class JointAttention(Attention):
-    """Attention of text and video, each with projections and norms of its own."""
+    """Attention over text and video, each with projections and norms of its own."""
 
     def __init__(
         self,
@@ -91,7 +93,7 @@ class JointAttention(Attention):
         text_norm: str,
         drops_text: bool = False,
     ) -> None:
-        """``text_norm``: how the checkpoint calls the norms of the text's queries and keys."""
+        """``text_norm``: the checkpoint's name for the norms of the text's queries and keys."""
         super().__init__(width, n_heads, axes, eps)
         self.add_q_proj = nn.Linear(width, width)
         self.add_k_proj = nn.Linear(width, width)
@@ -102,7 +104,7 @@ class JointAttention(Attention):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = None if drops_text else nn.Linear(width, width)
 
-    def text_stream(self, text: Tensor) -> QKVStream:
+    def project_text(self, text: Tensor) -> QKVStream:
         projections = self.add_q_proj(text), self.add_k_proj(text), self.add_v_proj(text)
         q_weight, k_weight = (getattr(self, f"{self.text_norm}_{x}").weight for x in "qk")
         return QKVStream(projections, q_weight, k_weight)
@@ -115,21 +117,29 @@ class JointAttention(Attention):
         ops: Ops,
         cache: BlockCache | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """Updates of text ``[B * N, S, D]``, None where it is dropped, and of the video's queries
-        ``[B, T, D]``; no text is given where a cache holds it."""
+        """The outputs for text and video.
+
+        Args:
+            text: ``[B * N, S, D]``; None where a cache holds its keys and values.
+            video: ``[B, sum of L, D]``.
+
+        Returns:
+            For text, of the same shape, or None where the output is not used; for the video's
+            queries, ``[B, T, D]``.
+        """
         if text is None:
             return None, self.to_out[0](super().forward(video, packing, ops, cache))
         n_columns = len(packing.columns)
-        text_stream, video_stream = self.text_stream(text), self.stream(video)
-        video_columns = zip(*map(packing.split_video, video_stream.projections), strict=True)
+        text_qkv, video_qkv = self.project_text(text), self.project(video)
+        video_columns = zip(*map(packing.split_video, video_qkv.projections), strict=True)
         parts = [
             ops.qk_norm_rope(
-                video_stream._replace(projections=projections),
+                video_qkv._replace(projections=projections),
                 positions,
                 self.axes,
                 n_heads=self.n_heads,
-                text=text_stream._replace(
-                    projections=tuple(x[i::n_columns] for x in text_stream.projections)
+                text=text_qkv._replace(
+                    projections=tuple(x[i::n_columns] for x in text_qkv.projections)
                 ),
                 norm="rms",
                 eps=self.eps,

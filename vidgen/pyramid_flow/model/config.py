@@ -1,6 +1,7 @@
-"""Sizes of the two transformers, by the names of the official config.json files.
+"""The sizes of the two transformers, with the field names of the official config.json files.
 
-The defaults are the released 2B models with the flags they are loaded with.
+The defaults are those of the released 2B models, with the flags that the released code sets when
+it loads them. `weights` builds a model from such a file.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ Config = TypeVar("Config", "FluxConfig", "MMDiTConfig")
 class FluxConfig:
     """miniFLUX, `PyramidFluxTransformer`."""
 
-    in_channels: int = 64  # of a token: latent channels x 2 x 2
-    num_layers: int = 8  # text and video with weights of their own
-    num_single_layers: int = 16  # one sequence, one set of weights
+    in_channels: int = 64  # of a patch: latent channels x 2 x 2
+    num_layers: int = 8  # blocks with separate weights for text and video
+    num_single_layers: int = 16  # blocks on text and video as one sequence
     attention_head_dim: int = 64
     num_attention_heads: int = 30
     joint_attention_dim: int = 4096  # T5 features
     pooled_projection_dim: int = 768  # CLIP features
-    axes_dims_rope: tuple[int, ...] = (16, 24, 24)  # head dims that turn with time, row, column
+    axes_dims_rope: tuple[int, ...] = (16, 24, 24)  # head dims rotated by time, row, column
     use_temporal_causal: bool = True
     use_gradient_checkpointing: bool = False
     gradient_checkpointing_ratio: float = 0.6
@@ -51,14 +52,14 @@ class FluxConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FluxConfig:
-        """From the contents of a config.json; ValueError for an option that is not built."""
-        # The official model never reads the first; `patch_size` only sizes its output layer.
+        """From the contents of a config.json; ValueError for an option that is not supported."""
+        # The official model never reads interp_condition_pos; patch_size sizes its output only.
         return _from_dict(cls, config, unused=("interp_condition_pos",), fixed={"patch_size": 1})
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The model of SD3's type, `PyramidDiffusionMMDiT`."""
+    """The SD3-type model, `PyramidDiffusionMMDiT`."""
 
     in_channels: int = 16  # of the latent
     num_layers: int = 24
@@ -66,11 +67,11 @@ class MMDiTConfig:
     num_attention_heads: int = 24
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 2048
-    sample_size: int = 128  # latents per side for which position embeddings have unit spacing
+    sample_size: int = 128  # side, in latents, at which position embeddings have unit spacing
     pos_embed_max_size: int = 192  # tokens per side of the table
     use_temporal_causal: bool = True
-    add_temp_pos_embed: bool = True  # queries and keys turn with time
-    interp_condition_pos: bool = True  # history at a lower resolution is where it is in the picture
+    add_temp_pos_embed: bool = True  # queries and keys are rotated by time
+    interp_condition_pos: bool = True  # smaller frames of history span the whole picture
     use_gradient_checkpointing: bool = False
     gradient_checkpointing_ratio: float = 0.6
 
@@ -87,14 +88,14 @@ class MMDiTConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MMDiTConfig:
-        """From the contents of a config.json; ValueError for an option that is not built."""
+        """From the contents of a config.json; ValueError for an option that is not supported."""
         fixed = {
             "patch_size": PATCH,
             "qk_norm": "rms_norm",
             "pos_embed_type": "sincos",
             "temp_pos_embed_type": "rope",
         }
-        # The official model never reads these: a mask of the text is used where there is one.
+        # The official model never reads these: it uses the text mask whenever there is one.
         unused = "max_num_frames", "use_t5_mask"
         own = _from_dict(cls, config, unused=(*unused, "caption_projection_dim"), fixed=fixed)
         width = config.get("caption_projection_dim", own.width)
@@ -104,16 +105,17 @@ class MMDiTConfig:
 
 
 def is_flux(config: Mapping[str, Any]) -> bool:
-    """Which of the two models a config.json is of: miniFLUX alone turns its heads along axes."""
+    """Whether a config.json is that of miniFLUX: only its positions have several rotary axes."""
     return "axes_dims_rope" in config
 
 
 def _from_dict(
     cls: type[Config], config: Mapping[str, Any], unused: tuple[str, ...], fixed: dict[str, Any]
 ) -> Config:
-    """``cls`` of the options it has; ``fixed`` ones must have the value given or be absent.
+    """Builds ``cls`` from its options; those in ``fixed`` must be absent or have that value.
 
-    Flash attention, where a config asks for it, ran without the causal mask in the official code.
+    A config that asks for flash attention gives a model that is not causal: in the official code,
+    flash attention runs without the mask.
     """
     names = {field.name for field in fields(cls)}
     unknown = config.keys() - names - fixed.keys() - {*unused, "use_flash_attn"}

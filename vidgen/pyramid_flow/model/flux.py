@@ -1,14 +1,13 @@
-"""miniFLUX, the larger of Pyramid Flow's transformers (`PyramidFluxTransformer`, 2.0 B).
+"""miniFLUX, the larger of Pyramid Flow's two transformers (`PyramidFluxTransformer`, 2.0 B).
 
-Blocks with separate weights for text and video, then blocks on both as one sequence. Positions are
-rotary along time, row and column.
+First come blocks with separate weights for text and video, then blocks on both as one sequence.
+Positions are rotary along time, row and column. How to call it: see `transformer`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from vidgen.ops import EAGER, Ops
@@ -16,8 +15,8 @@ from vidgen.ops import EAGER, Ops
 from .attention import Attention, JointAttention
 from .config import FluxConfig
 from .kv_cache import BlockCache
-from .layers import Condition, DualBlock, SingleBlock, Stream
-from .sequence import Packing, patchify
+from .layers import Condition, DualBlock, SingleBlock, Stream, join_text
+from .sequence import Packing
 from .transformer import PyramidTransformer
 
 QK_EPS = 1e-6
@@ -39,36 +38,32 @@ class PyramidFluxTransformer(PyramidTransformer):
         )
         self.initialize()
 
-    def embed(self, clips: Sequence[Sequence[Tensor]], packing: Packing) -> Tensor:
-        patches = [patchify(clip) for column in clips for clip in column]
-        return self.x_embedder(torch.cat(patches, dim=1))
-
-    def run(
+    def forward(
         self,
-        text: Stream | None,
-        video: Stream,
-        c: Tensor | Condition,
+        patches: Tensor,
+        text_tokens: Tensor,
+        condition: Condition,
         packing: Packing,
-        caches: Sequence[BlockCache | None],
-    ) -> Stream:
-        n_dual, n_columns = len(self.transformer_blocks), len(packing.columns)
-        for i, cache in enumerate(caches[:n_dual]):
-            text, video = self.run_block(
-                i, self.transformer_blocks, (text, video, c, packing), cache
-            )
-            text = None if text is None else text.clipped()
-        joint = video
-        if text is not None:
-            (text_rows,) = text.total()  # sample by sample, column by column
-            columns = enumerate(video.total())
-            joint = Stream([torch.cat([text_rows[i::n_columns], x], dim=1) for i, x in columns])
-        for i, cache in enumerate(caches[n_dual:]):
-            is_last = n_dual + i == len(caches) - 1
-            p = packing.last_block if is_last and packing.last_block else packing
-            joint = self.run_block(i, self.single_transformer_blocks, (joint, c, p), cache)
-            joint = joint.clipped()
-        return joint
+        caches: Sequence[BlockCache] | None = None,
+    ) -> Tensor:
+        video = Stream(packing.split_video(self.x_embedder(patches)))
+        text = Stream([text_tokens]) if packing.text_length else None
 
-    def checkpoints(self, index: int, n_blocks: int) -> bool:
+        n_dual, n_single = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        block_caches = caches or [None] * (n_dual + n_single)
+        blocks = self.checkpointed(self.transformer_blocks)
+        for block, cache in zip(blocks, block_caches[:n_dual], strict=True):
+            text, video = block(text, video, condition, packing, self.ops, cache)
+            text = None if text is None else text.clipped()
+
+        joint = video if text is None else join_text(text, video)
+        blocks = self.checkpointed(self.single_transformer_blocks)
+        packings = packing.per_block(n_single)
+        for block, part, cache in zip(blocks, packings, block_caches[n_dual:], strict=True):
+            joint = block(joint, condition, part, self.ops, cache).clipped()
+
+        return self.norm_and_project(joint, condition, packing)
+
+    def is_checkpointed(self, index: int, n_blocks: int) -> bool:
         """The first blocks of each kind."""
         return index <= int(n_blocks * self.config.gradient_checkpointing_ratio)

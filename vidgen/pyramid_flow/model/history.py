@@ -1,8 +1,11 @@
 """The temporal pyramid: which finished frames a new one sees, at which resolution.
 
-Video is made in *units*: unit 0 is the first latent frame, every later one ``frames_per_unit``
-frames. The unit j steps back (j = 1: the newest) enters stage s at pyramid level
-``max(s - (j - 1), 0)``: the older, the smaller. Levels count from the lowest resolution, 0.
+A video is made in *units*. Unit 0 is the first latent frame, every later unit has
+``frames_per_unit`` frames. While stage s of a unit is made, the unit j before it (j = 1 is the
+newest) enters at pyramid level ``max(s - (j - 1), 0)``, so that older frames are smaller. Level 0
+is the lowest resolution.
+
+Sampler, cache and training all take the layout of the history from here.
 """
 
 from __future__ import annotations
@@ -23,7 +26,11 @@ def unit_frames(unit: int, frames_per_unit: int = 1) -> range:
 
 
 def count_units(n_frames: int, frames_per_unit: int = 1) -> int:
-    """The units of a video of ``n_frames`` latent frames; ValueError unless they fill the last."""
+    """The number of units in a video of ``n_frames`` latent frames.
+
+    Raises:
+        ValueError: frames that are no whole number of units.
+    """
     if n_frames < 1 or (n_frames - 1) % frames_per_unit:
         raise ValueError(
             f"frames: expected 1 and a multiple of {frames_per_unit} more, got {n_frames}"
@@ -34,7 +41,7 @@ def count_units(n_frames: int, frames_per_unit: int = 1) -> int:
 def history_layout(unit: int, stage: int, frames_per_unit: int = 1) -> list[HistoryClip]:
     """The clips before ``unit`` at ``stage``, oldest first.
 
-    The frames at level 0 are one clip, but for the newest unit, which is always its own.
+    Neighbours of one level are one clip, except for the newest unit, which is a clip of its own.
     """
     clips = [
         HistoryClip(max(stage - back + 1, 0), unit_frames(unit - back, frames_per_unit))
@@ -49,9 +56,9 @@ def history_layout(unit: int, stage: int, frames_per_unit: int = 1) -> list[Hist
 
 
 def settled_frames(unit: int, stage: int, frames_per_unit: int = 1) -> int:
-    """How many of the oldest frames entered this stage of the unit before as they enter it here.
+    """How many of the oldest frames have the same resolution as in this stage of the unit before.
 
-    They are at level 0 in both: all but the ``stage + 1`` newest units of history.
+    They are at level 0 in both. All units of history are, except the ``stage + 1`` newest.
     """
     newest = unit - stage - 2
     return unit_frames(newest, frames_per_unit).stop if newest >= 0 else 0
@@ -66,15 +73,19 @@ def training_units(
     sync_group: int = 8,
     frames_per_unit: int = 1,
 ) -> list[int]:
-    """How many units each stage trains on in a step, the last being the one that is made.
+    """How many units each stage trains on in a step, including the last, which is being made.
 
-    The highest resolution goes through all lengths as steps and ranks go by; the others take what
-    it leaves, so that a step has a long sequence of small frames and a short one of large ones.
+    Over steps and ranks, the highest resolution goes through all lengths. The other stages get
+    ``n_units + 1`` minus that length, so that a step has long sequences of small frames and short
+    ones of large frames.
 
     Args:
         max_frames: latent frames of the longest video.
         step: counts from 1.
-        sync_group: how many neighbouring ranks differ in length.
+        sync_group: how many neighbouring ranks have different lengths.
+
+    Raises:
+        ValueError: a step below 1, a group of more ranks than there are units.
     """
     n_units = 1 + (max_frames - 1) // frames_per_unit
     n_groups = n_units // sync_group

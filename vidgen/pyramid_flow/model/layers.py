@@ -1,17 +1,20 @@
-"""The blocks of Pyramid Flow's transformers: adaptive norms, feed-forward, what `attention` joins.
+"""The blocks of Pyramid Flow's transformers: modulated norms, attention, feed-forward.
 
-The residual stream of a modality is kept with the update that has not been added to it yet
-(`Stream`), so that one operator adds it, normalises the sum and modulates it for the next layer.
-Modulation is one vector per sample and column, ``[B, D]``, never a row per token.
+Every part f of a block adds to the residual stream as in DiT (arXiv 2212.09748, adaLN-Zero):
+
+    x <- x + gate * f((1 + scale) * LN(x) + shift)
+
+shift, scale and gate come from timestep and pooled text (`Condition`): one vector ``[B, D]`` per
+column, not one per token. The addition is put off until the next norm (`Stream`), so that one
+operator adds, normalises and modulates.
 
 Shapes: B batch rows, N columns, S text tokens, L video tokens of a column, T all tokens of the
-packed sequence, D width, H heads, hd head dim. Module names are those of the checkpoints.
+packed sequence, D width. Module names are those of the checkpoints.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,35 +26,86 @@ from vidgen.ops import Ops
 
 from .attention import Attention, JointAttention
 from .kv_cache import BlockCache
-from .sequence import Packing, split
+from .sequence import Packing, join, split
 
 NORM_EPS = 1e-6
-FP16_MAX = 65504.0
+FP16_MAX = torch.finfo(torch.float16).max
 
-Vectors = list[Tensor]  # a modulation vector [rows, D] for each part of a stream
+Vectors = list[Tensor]  # a vector [rows, D] for each part of a stream
+
+
+class Modulation(NamedTuple):
+    """The shift and scale of a norm, and the gate of the layer that reads it."""
+
+    shift: Vectors
+    scale: Vectors
+    gate: Vectors | None = None
+
+
+class Condition(NamedTuple):
+    """SiLU of the embedded timestep and pooled text; every layer projects its modulation from it.
+
+    Projections are stored in ``kept`` if there is one, so that a caller who uses the condition
+    again saves computing them.
+    """
+
+    c: Tensor  # [B * N, D]
+    kept: dict[nn.Module, Tensor] | None = None
+
+    def project(self, linear: nn.Module) -> Tensor:
+        if self.kept is None:
+            return linear(self.c)
+        if linear not in self.kept:
+            self.kept[linear] = linear(self.c)
+        return self.kept[linear]
+
+
+class AdaLNZero(nn.Module):
+    """The modulation of ``n_norms`` norms, each in the order shift, scale, gate."""
+
+    order: tuple[str, ...] = ("shift", "scale", "gate")
+
+    def __init__(self, width: int, n_norms: int = 1) -> None:
+        super().__init__()
+        self.n_norms = n_norms
+        self.linear = nn.Linear(width, n_norms * len(self.order) * width)
+
+    def forward(self, condition: Condition, n_columns: int = 1) -> list[Modulation]:
+        """A modulation for each norm. Its vectors are views ``[B, D]``, one for each column."""
+        rows = condition.project(self.linear)
+        n_vectors = self.n_norms * len(self.order)
+        columns = [rows[i::n_columns].chunk(n_vectors, dim=-1) for i in range(n_columns)]
+        vectors = [list(of_columns) for of_columns in zip(*columns, strict=True)]
+        starts = range(0, n_vectors, len(self.order))
+        return [Modulation(**dict(zip(self.order, vectors[i:], strict=False))) for i in starts]
+
+
+class AdaLNContinuous(AdaLNZero):
+    """The modulation of a norm without a gate. Its scale comes first."""
+
+    order = ("scale", "shift")
 
 
 class Stream(NamedTuple):
-    """Residual streams ``x_p + gate_p * update_p`` of the parts of a packed sequence.
+    """A residual stream whose last update is still to be added: ``x + gate * update``.
 
-    Video and joint streams have a part per column; that of text is one part, a row per sample and
-    column, ``[B * N, S, D]``.
+    A stream has parts with vectors of their own. For video, and for text and video joined, a part
+    is a column. Text is one part with a row per sample and column, ``[B * N, S, D]``.
     """
 
-    x: list[Tensor]  # [rows, L_p, D]
+    x: list[Tensor]  # [rows, L_p, D] for each part p
     update: Tensor | None = None  # [rows, sum of L_p, D]
     gate: Vectors | None = None
 
-    @property
-    def updates(self) -> list[Tensor]:
-        assert self.update is not None
-        return split(self.update, [x.shape[1] for x in self.x])
+    def plus(self, update: Tensor | None, gate: Vectors | None) -> Stream:
+        """The stream with ``gate * update`` still to be added, and no other update."""
+        return Stream(self.x, update, gate)
 
     def total(self) -> list[Tensor]:
-        """The sum of each part."""
+        """The sum, for each part."""
         if self.update is None or self.gate is None:
             return self.x
-        parts = zip(self.x, self.gate, self.updates, strict=True)
+        parts = zip(self.x, self.gate, self._updates(), strict=True)
         return [torch.addcmul(x, gate[:, None], f) for x, gate, f in parts]
 
     def last(self, lengths: list[int]) -> Stream:
@@ -59,76 +113,50 @@ class Stream(NamedTuple):
         x = [x[:, x.shape[1] - n :] for x, n in zip(self.x, lengths, strict=True)]
         if self.update is None:
             return Stream(x)
-        updates = [f[:, f.shape[1] - n :] for f, n in zip(self.updates, lengths, strict=True)]
+        updates = [f[:, f.shape[1] - n :] for f, n in zip(self._updates(), lengths, strict=True)]
         return Stream(x, join(updates), self.gate)
 
     def clipped(self) -> Stream:
-        """Within the range of fp16 where that is the dtype, as the official FLUX keeps its text."""
+        """In fp16 the sum, clipped to the range of fp16 as in the official FLUX."""
         if self.x[0].dtype != torch.float16:
             return self
         return Stream([x.clip(-FP16_MAX, FP16_MAX) for x in self.total()])
 
+    def norm(self, modulation: Modulation, ops: Ops) -> tuple[Stream, Tensor]:
+        """The stream with its update added, and ``(1 + scale) * LN(x) + shift`` of all parts,
+        ``[rows, T, D]``."""
+        nothing = [None] * len(self.x)
+        updates = nothing if self.update is None else self._updates()
+        gates = self.gate or nothing
+        vectors = zip(gates, modulation.scale, modulation.shift, strict=True)
+        pairs = [
+            ops.residual_norm(x, f, gate=gate, scale=scale, shift=shift, norm="layer", eps=NORM_EPS)
+            for x, f, (gate, scale, shift) in zip(self.x, updates, vectors, strict=True)
+        ]
+        return Stream([h for h, _ in pairs]), join([a for _, a in pairs])
 
-def join(parts: list[Tensor]) -> Tensor:
-    """Parts one after another along the tokens; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def adaptive_norm(
-    ops: Ops, stream: Stream, shift: Vectors, scale: Vectors
-) -> tuple[Stream, Tensor]:
-    """Adds the pending update; the sum, and ``LN(sum) * (1 + scale) + shift`` ``[rows, T, D]``."""
-    updates = [None] * len(stream.x) if stream.update is None else stream.updates
-    gates = stream.gate or [None] * len(stream.x)
-    parts = zip(stream.x, updates, gates, scale, shift, strict=True)
-    pairs = [
-        ops.residual_norm(x, f, gate=gate, scale=scale, shift=shift, norm="layer", eps=NORM_EPS)
-        for x, f, gate, scale, shift in parts
-    ]
-    return Stream([h for h, _ in pairs]), join([a for _, a in pairs])
+    def _updates(self) -> list[Tensor]:
+        assert self.update is not None
+        return split(self.update, [x.shape[1] for x in self.x])
 
 
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """SiLU of the conditioning, and the modulation vectors of every layer that has seen it.
-
-    Who calls a model with the same timestep again, and the same pooled text, saves computing them.
-    """
-
-    c: Tensor  # [rows, D]
-    vectors: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-    def apply(self, linear: nn.Module) -> Tensor:
-        if linear not in self.vectors:
-            self.vectors[linear] = linear(self.c)
-        return self.vectors[linear]
-
-
-class Modulation(nn.Module):
-    """``n_vectors`` modulation vectors from the conditioning, which SiLU has been applied to."""
-
-    def __init__(self, width: int, n_vectors: int) -> None:
-        super().__init__()
-        self.n_vectors = n_vectors
-        self.linear = nn.Linear(width, n_vectors * width)
-
-    def forward(self, c: Tensor | Condition, n_columns: int = 1) -> list[Vectors]:
-        """``c`` [B * N, D] to each vector's list over the columns of views ``[B, D]``."""
-        rows = c.apply(self.linear) if isinstance(c, Condition) else self.linear(c)
-        columns = [rows[i::n_columns].chunk(self.n_vectors, dim=-1) for i in range(n_columns)]
-        return [list(vectors) for vectors in zip(*columns, strict=True)]
+def join_text(text: Stream, video: Stream) -> Stream:
+    """Text before the video of each column, ``[B, S + L, D]``."""
+    (rows,), n_columns = text.total(), len(video.x)  # sample by sample, column by column
+    parts = enumerate(video.total())
+    return Stream([torch.cat([rows[i::n_columns], x], dim=1) for i, x in parts])
 
 
 class DualBlock(nn.Module):
-    """Text and video with weights of their own that meet in attention.
+    """Text and video with weights of their own, which attend to each other.
 
-    With ``drops_text`` (MM-DiT's last block) text only gives keys and values.
+    With ``drops_text`` (MM-DiT's last block) text gives keys and values only.
     """
 
     def __init__(self, width: int, attention: JointAttention, drops_text: bool = False) -> None:
         super().__init__()
-        self.norm1 = Modulation(width, 6)
-        self.norm1_context = Modulation(width, 2 if drops_text else 6)
+        self.norm1 = AdaLNZero(width, 2)
+        self.norm1_context = AdaLNContinuous(width) if drops_text else AdaLNZero(width, 2)
         self.attn = attention
         self.ff = FeedForward(width)
         self.ff_context = None if drops_text else FeedForward(width)
@@ -137,41 +165,38 @@ class DualBlock(nn.Module):
         self,
         text: Stream | None,
         video: Stream,
-        c: Tensor | Condition,
+        condition: Condition,
         packing: Packing,
         ops: Ops,
         cache: BlockCache | None = None,
     ) -> tuple[Stream | None, Stream]:
-        """Both streams; text is None where a cache holds it."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(c, len(packing.columns))
-        video, a = adaptive_norm(ops, video, shift, scale)
-        text_a, text_rest = None, []
+        """Both streams. Text is None where a cache holds its keys and values."""
+        first, second = self.norm1(condition, len(packing.columns))
+        video, a = video.norm(first, ops)
+        text_a, text_modulation = None, []
         if text is not None:
-            if self.ff_context is None:  # in this norm the scale comes first
-                text_scale, text_shift = self.norm1_context(c)
-            else:
-                text_shift, text_scale, *text_rest = self.norm1_context(c)
-            text, text_a = adaptive_norm(ops, text, text_shift, text_scale)
+            text_modulation = self.norm1_context(condition)
+            text, text_a = text.norm(text_modulation[0], ops)
 
         text_update, update = self.attn(text_a, a, packing, ops, cache)
 
         if packing.only_current:
             video = video.last(packing.current_lengths)
-        video, a = adaptive_norm(ops, Stream(video.x, update, gate), shift_ff, scale_ff)
-        video = Stream(video.x, self.ff(a), gate_ff)
+        video, a = video.plus(update, first.gate).norm(second, ops)
+        video = video.plus(self.ff(a), second.gate)
         if text is not None and self.ff_context is not None:
-            gate, shift_ff, scale_ff, gate_ff = text_rest
-            text, text_a = adaptive_norm(ops, Stream(text.x, text_update, gate), shift_ff, scale_ff)
-            text = Stream(text.x, self.ff_context(text_a), gate_ff)
+            first, second = text_modulation
+            text, text_a = text.plus(text_update, first.gate).norm(second, ops)
+            text = text.plus(self.ff_context(text_a), second.gate)
         return text, video
 
 
 class SingleBlock(nn.Module):
-    """Text and video as one sequence; attention and feed-forward side by side."""
+    """Text and video as one sequence, with attention and feed-forward side by side."""
 
     def __init__(self, width: int, attention: Attention) -> None:
         super().__init__()
-        self.norm = Modulation(width, 3)
+        self.norm = AdaLNZero(width)
         self.proj_mlp = nn.Linear(width, 4 * width)
         self.proj_out = nn.Linear(5 * width, width)
         self.attn = attention
@@ -179,20 +204,20 @@ class SingleBlock(nn.Module):
     def forward(
         self,
         joint: Stream,
-        c: Tensor | Condition,
+        condition: Condition,
         packing: Packing,
         ops: Ops,
         cache: BlockCache | None = None,
     ) -> Stream:
-        shift, scale, gate = self.norm(c, len(packing.columns))
-        joint, a = adaptive_norm(ops, joint, shift, scale)
+        (modulation,) = self.norm(condition, len(packing.columns))
+        joint, a = joint.norm(modulation, ops)
         attended = self.attn(a, packing, ops, cache)
         if packing.only_current:
             joint = joint.last(packing.current_lengths)
             a = a[:, a.shape[1] - packing.current_lengths[0] :]
         inner = F.gelu(self.proj_mlp(a), approximate="tanh")
         update = self.proj_out(torch.cat([attended, inner], dim=-1))
-        return Stream(joint.x, update, gate)
+        return joint.plus(update, modulation.gate)
 
 
 class TwoLayers(nn.Module):
@@ -205,10 +230,10 @@ class TwoLayers(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class Conditioning(nn.Module):
-    """Timestep (0 to 1000) and pooled text to one vector per sample.
+class TimeTextEmbedding(nn.Module):
+    """``c = MLP(cos and sin of t) + MLP(pooled text)``, a vector per sample and column.
 
-    The pooled text stays the same while a video is made, so its part is computed apart.
+    The second term is an input of `forward`: it stays the same while a video is made.
     """
 
     N_FREQUENCIES = 128
@@ -219,7 +244,7 @@ class Conditioning(nn.Module):
         self.text_embedder = TwoLayers(n_pooled, width)
 
     def forward(self, timestep: Tensor, embedded_text: Tensor) -> Tensor:
-        """``embedded_text``: `text_embedder` of the pooled text, ``[samples, D]``."""
+        """c ``[B * N, D]``; the timesteps ``[B * N]`` are 0 to 1000, the text ``[B * N, D]``."""
         t = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
         j = torch.arange(self.N_FREQUENCIES, dtype=t.dtype, device=t.device)
         angle = t[:, None] * torch.exp(j * (-math.log(10000.0) / self.N_FREQUENCIES))

@@ -1,7 +1,7 @@
-"""Pyramid Flow's transformer of Stable Diffusion 3's type (`PyramidDiffusionMMDiT`, 2.0 B).
+"""Pyramid Flow's transformer in the style of Stable Diffusion 3 (`PyramidDiffusionMMDiT`, 2.0 B).
 
-Blocks with separate weights for text and video. Positions in the picture are added to the tokens
-from a table, time is rotary.
+All blocks have separate weights for text and video. A table of position embeddings is added to the
+tokens for their place in the picture; time is rotary. How to call it: see `transformer`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .config import PATCH, MMDiTConfig
 from .kv_cache import BlockCache
 from .layers import Condition, DualBlock, Stream
 from .positions import Column, sincos_table, spatial_embedding
-from .sequence import Packing, patchify
+from .sequence import Packing
 from .transformer import PyramidTransformer
 
 QK_EPS = 1e-5
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens, each with the embedding of its place in the picture."""
+    """From patches to tokens, plus the embedding of their place in the picture."""
 
     pos_embed: Tensor
 
@@ -39,16 +39,17 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("pos_embed", table.flatten(0, 1)[None])
         self.proj = nn.Conv2d(config.in_channels, config.width, PATCH, stride=PATCH)
 
-    def forward(self, clips: Sequence[Sequence[Tensor]], packing: Packing) -> Tensor:
-        """``[B, sum of L, D]``; the convolution is a product of patches and weights."""
-        patches = torch.cat([patchify(clip) for column in clips for clip in column], dim=1)
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channels last as in a patch
-        tokens = F.linear(patches, weight, self.proj.bias)
-        assert packing.embeddings is not None  # of this model's packings
-        return (tokens + packing.embeddings).to(tokens.dtype)
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Tokens ``[B, T, D]`` of patches ``[B, T, 4 C]`` with the embeddings `of_places`.
 
-    def places(self, columns: tuple[Column, ...]) -> Tensor:
-        """Embeddings of where the tokens are in the picture, ``[sum of L, D]``."""
+        The checkpoint's convolution of stride 2 is a product of patches and weights.
+        """
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in a patch
+        tokens = F.linear(patches, weight, self.proj.bias)
+        return (tokens + places).to(tokens.dtype)
+
+    def of_places(self, columns: tuple[Column, ...]) -> Tensor:
+        """Embeddings of where the tokens of all columns are in the picture, ``[sum of L, D]``."""
         table = self.pos_embed[0].unflatten(0, (self.n_side, self.n_side))
         parts = [
             spatial_embedding(table, (rows, cols), column[-1][1:], self.interpolate).repeat(
@@ -76,26 +77,29 @@ class PyramidDiffusionMMDiT(PyramidTransformer):
         )
         self.initialize()
 
-    def embed(self, clips: Sequence[Sequence[Tensor]], packing: Packing) -> Tensor:
-        return self.pos_embed(clips, packing)
+    def place_embeddings(self, columns: tuple[Column, ...]) -> Tensor:
+        return self.pos_embed.of_places(columns)
 
-    def embed_places(self, columns: tuple[Column, ...]) -> Tensor:
-        return self.pos_embed.places(columns)
-
-    def run(
+    def forward(
         self,
-        text: Stream | None,
-        video: Stream,
-        c: Tensor | Condition,
+        patches: Tensor,
+        text_tokens: Tensor,
+        condition: Condition,
         packing: Packing,
-        caches: Sequence[BlockCache | None],
-    ) -> Stream:
-        for i, cache in enumerate(caches):
-            is_last = i == len(caches) - 1
-            p = packing.last_block if is_last and packing.last_block else packing
-            text, video = self.run_block(i, self.transformer_blocks, (text, video, c, p), cache)
-        return video
+        caches: Sequence[BlockCache] | None = None,
+    ) -> Tensor:
+        assert packing.embeddings is not None  # this model's packings have them
+        video = Stream(packing.split_video(self.pos_embed(patches, packing.embeddings)))
+        text = Stream([text_tokens]) if packing.text_length else None
 
-    def checkpoints(self, index: int, n_blocks: int) -> bool:
+        blocks = self.checkpointed(self.transformer_blocks)
+        packings = packing.per_block(len(blocks))
+        block_caches = caches or [None] * len(blocks)
+        for block, part, cache in zip(blocks, packings, block_caches, strict=True):
+            text, video = block(text, video, condition, part, self.ops, cache)
+
+        return self.norm_and_project(video, condition, packing)
+
+    def is_checkpointed(self, index: int, n_blocks: int) -> bool:
         """The last blocks."""
         return index >= int(n_blocks * self.config.gradient_checkpointing_ratio)

@@ -1,12 +1,12 @@
-"""Where tokens are: in time, and in the pyramid of resolutions.
+"""Positions of tokens: rotary coordinates, and MM-DiT's table of position embeddings.
 
-History enters at lower resolutions than the frame that is being made. Its tokens get the places
-that they cover in that frame's grid of tokens, so a token of a frame of half the size lies between
-two of the full size: coordinates 0.5, 2.5, 4.5, ... Time counts the frames from the oldest, text
-is at time 0.
+History enters at lower resolutions than the frame being made. Its tokens get the coordinates of
+the area that they cover in that frame's grid of tokens: in a frame of half the size they are 0.5,
+2.5, 4.5, ... Time counts frames from the oldest one, at 0. Text is at time 0 as well.
 
-A *grid* is the size (frames, rows, columns) of a clip in tokens, a *column* of a batch the grids of
-its clips, oldest first; the last is the one being made, the reference of all coordinates.
+A *grid* is the size (frames, rows, columns) of a clip in tokens. A *column* of a batch is described
+by the grids of its clips, oldest first. All its coordinates refer to the last grid, of the clip
+being made. `sequence.pack` calls `rotary_positions`, MM-DiT's `PatchEmbedding` the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Column = tuple[Grid, ...]
 
 
 def times(column: Column) -> Tensor:
-    """The number of its frame for every token, counted over all clips, ``[L]``."""
+    """The index of every token's frame, counted over all clips, ``[L]``."""
     clips, first = [], 0
     for frames, rows, cols in column:
         clips.append((torch.arange(frames) + first).repeat_interleave(rows * cols))
@@ -31,7 +31,7 @@ def times(column: Column) -> Tensor:
 
 
 def coordinates(column: Column) -> Tensor:
-    """Time, row and column of every token for rotary embeddings, fp32 ``[L, 3]``."""
+    """Time, row and column of every token, fp32 ``[L, 3]``."""
     _, n_rows, n_cols = column[-1]
     places = [
         torch.cartesian_prod(interpolated(rows, n_rows), interpolated(cols, n_cols)).repeat(
@@ -43,9 +43,9 @@ def coordinates(column: Column) -> Tensor:
 
 
 def interpolated(n: int, reference: int) -> Tensor:
-    """Centres of ``n`` equal cells in units of ``reference`` cells, counted from the first one's.
+    """Coordinates of ``n`` cells in a row that is ``reference`` cells long.
 
-    ``0, 1, 2, ...`` for equal numbers.
+    Cell i is at ``(i + 1/2) reference / n - 1/2``, so that equal numbers give ``0, 1, 2, ...``.
     """
     return ((torch.arange(n) + 0.5) * (reference / n) - 0.5).clamp(0, reference - 1)
 
@@ -53,9 +53,10 @@ def interpolated(n: int, reference: int) -> Tensor:
 def rotary_positions(
     columns: tuple[Column, ...], text_length: int, n_axes: int, device: torch.device
 ) -> Tensor:
-    """`coordinates` (three axes) or `times` (one) of columns one after another, ``[T, n_axes]``.
+    """`coordinates` (three axes) or `times` (one) of packed columns, ``[T, n_axes]``.
 
-    Every column begins with ``text_length`` tokens of text, at 0 on every axis: not rotated.
+    Every column begins with ``text_length`` tokens of text. They are at 0 on every axis, which is
+    no rotation.
     """
     parts = []
     for column in columns:
@@ -64,21 +65,21 @@ def rotary_positions(
     return torch.cat(parts).to(device)
 
 
-# Layouts are few and come back at every step, so their positions stay on the device.
+# There are few layouts, each used at every step, so their positions are kept on the device.
 @functools.lru_cache(maxsize=64)
 def kept_rotary_positions(
     columns: tuple[Column, ...], text_length: int, n_axes: int, device: torch.device
 ) -> Tensor:
-    """`rotary_positions`, made once for a layout."""
-    with torch.inference_mode(False):  # what is kept must serve training too
+    """`rotary_positions`, computed once for each layout."""
+    with torch.inference_mode(False):  # training may use them later
         return rotary_positions(columns, text_length, n_axes, device)
 
 
 def sincos_table(width: int, n_side: int, spacing: float) -> Tensor:
     """The 2-D table of sines and cosines, fp32 ``[n_side, n_side, width]``.
 
-    The first half of the channels tells the column, the second the row, each as sines then cosines
-    of ``i * spacing * 10000^(-j / (width / 4))``.
+    The first half of the channels encodes the column, the second half the row. Each half holds the
+    sines, then the cosines, of ``i * spacing * 10000^(-j / (width / 4))`` for index i, channel j.
     """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angle = torch.arange(n_side, dtype=torch.float64)[:, None] * spacing * frequency
@@ -88,7 +89,11 @@ def sincos_table(width: int, n_side: int, spacing: float) -> Tensor:
 
 
 def crop(table: Tensor, rows: int, cols: int) -> Tensor:
-    """The middle of a table ``[n_side, n_side, D]``, ``[rows, cols, D]``."""
+    """The middle ``[rows, cols, D]`` of a table ``[n_side, n_side, D]``.
+
+    Raises:
+        ValueError: a grid larger than the table.
+    """
     n_side = len(table)
     if max(rows, cols) > n_side:
         raise ValueError(f"grid: expected at most {n_side} tokens a side, got {rows} x {cols}")
@@ -99,10 +104,10 @@ def crop(table: Tensor, rows: int, cols: int) -> Tensor:
 def spatial_embedding(
     table: Tensor, grid: tuple[int, int], reference: tuple[int, int], interpolate: bool = True
 ) -> Tensor:
-    """Embeddings ``[rows * cols, D]`` of a frame of ``grid`` tokens.
+    """Embeddings ``[rows * cols, D]`` for a frame of ``grid`` tokens.
 
-    The crop of the table for the ``reference`` grid, resized; without ``interpolate``, or where
-    the grids are equal, a crop of the frame's own size.
+    The table is cropped to the ``reference`` grid and resized to ``grid``. Without ``interpolate``
+    it is cropped to ``grid`` at once.
     """
     if grid == reference or not interpolate:
         return crop(table, *grid).flatten(0, 1)

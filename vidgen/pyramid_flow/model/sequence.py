@@ -1,12 +1,13 @@
-"""From clips to tokens and back: patches, the packed sequence, its mask.
+"""The packed token sequence: from clips to patches and back, and who sees whom.
 
-A *column* is one training sample or inference call: text, then the clips oldest first, the last of
-which is being made. Columns are packed along the tokens, ``[text 0 | video 0 | text 1 | ...]``, for
-the linear layers and one call of attention; none sees another. A batch row holds one sample of
-each column. What comes per sample (text, timesteps) has samples first, then columns: sample b of
-column i is row ``b * n_columns + i``.
+A *column* is one training sample or one call of the sampler: text, then clips, oldest first. The
+last clip is the one being made. Columns are packed along the tokens,
+``[text 0 | video 0 | text 1 | ...]``, so that linear layers and attention run once for all of
+them; no column sees another. A batch row holds one sample of each column. Tensors with a row per
+sample (text, timesteps) have samples first, then columns: sample b of column i is row
+``b * n_columns + i``.
 
-Shapes: B batch rows, S text tokens, L video tokens of a column, C latent channels.
+Shapes: B batch rows, S text tokens, L video tokens of a column, C latent channels, D width.
 """
 
 from __future__ import annotations
@@ -25,21 +26,20 @@ from .positions import Column, kept_rotary_positions, rotary_positions
 
 @dataclass(frozen=True)
 class Packing:
-    """What the layers need to know of the sequence, built once and shared by all of them.
+    """The layout of the packed sequence, built once and read by all layers.
 
-    Where a cache holds text and the oldest frames, everything is of the other tokens, which are
-    video, and ``past_mask`` says which of the keys in the cache they see.
+    Where a cache holds the text and the oldest frames, the packing describes the other tokens.
+    They are all video, and ``past_mask`` says which of the cached keys they see.
     """
 
     columns: tuple[Column, ...]
-    n_rows: int  # B
     text_length: int
     mask: IntervalMask
     positions: Tensor | None  # [T, axes] of all tokens, for rotary embeddings
     embeddings: Tensor | None = None  # [sum of L, D] of places in the picture, for MM-DiT
     past_mask: IntervalMask | None = None
-    only_current: bool = False  # the queries are the tokens that are being made, the masks' too
-    last_block: Packing | None = None  # what the last block uses, where that is something else
+    only_current: bool = False  # the only queries, also of the masks, are of the clip being made
+    last_block: Packing | None = None  # for the last block, where it differs
 
     @property
     def video_lengths(self) -> list[int]:
@@ -47,7 +47,7 @@ class Packing:
 
     @property
     def current_lengths(self) -> list[int]:
-        """Tokens of the clips that are being made."""
+        """Tokens of the clips being made."""
         return [n_tokens(column[-1:]) for column in self.columns]
 
     @property
@@ -56,23 +56,20 @@ class Packing:
 
     @property
     def video_positions(self) -> list[Tensor | None]:
-        """``[L, axes]`` per column."""
+        """``[L, axes]`` for each column."""
         if self.positions is None:
             return [None] * len(self.columns)
         return [x[self.text_length :] for x in self.positions.split(self.lengths)]
 
-    def check(self, **per_sample: Tensor) -> None:
-        """ValueError unless these have a row per sample and column."""
-        n_samples = self.n_rows * len(self.columns)
-        for name, x in per_sample.items():
-            if len(x) != n_samples:
-                raise ValueError(
-                    f"{name}: expected {n_samples} rows ({self.n_rows} samples x "
-                    f"{len(self.columns)} columns), got shape {list(x.shape)}"
-                )
+    def per_block(self, n_blocks: int) -> list[Packing]:
+        """The packing for each of the last ``n_blocks`` blocks of a model."""
+        packings: list[Packing] = [self] * n_blocks
+        if packings and self.last_block is not None:
+            packings[-1] = self.last_block
+        return packings
 
     def split_video(self, x: Tensor) -> list[Tensor]:
-        """``[B, sum of L, D]`` to ``[B, L, D]`` per column."""
+        """``[B, sum of L, D]`` to ``[B, L, D]`` for each column."""
         return split(x, self.video_lengths)
 
     def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,10 +80,20 @@ class Packing:
         text, video = torch.stack(parts[::2], dim=1).flatten(0, 1), torch.cat(parts[1::2], dim=1)
         return text.flatten(2), video.flatten(2)
 
+    def unpack(self, patches: Tensor) -> list[Tensor]:
+        """Patches of the clips being made to clips ``[B, C, t, h, w]``, one for each column."""
+        parts = patches.split(self.current_lengths, dim=1)
+        return [unpatchify(x, column[-1]) for x, column in zip(parts, self.columns, strict=True)]
+
 
 def split(x: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Parts along the tokens; a single one as it is, for the gradient of a split is a copy."""
+    """Parts along the tokens. A single part is not split, which would copy in the backward pass."""
     return [x] if len(lengths) == 1 else list(x.split(lengths, dim=1))
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """Parts one after another along the tokens. A single part is returned as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def n_tokens(column: Column) -> int:
@@ -95,16 +102,16 @@ def n_tokens(column: Column) -> int:
 
 def pack(
     columns: tuple[Column, ...],
-    n_rows: int,
     text: Tensor,
     text_mask: Tensor | None,
+    *,
     causal: bool,
     n_axes: int,
 ) -> Packing:
     """The packed sequence of ``columns``.
 
-    Text is seen by all and sees the oldest frame; a frame sees the text and the frames up to
-    itself, or all of them where not ``causal``. Padding of the text is seen by nobody.
+    All tokens see the text, and the text sees the oldest frame. A frame sees the frames up to and
+    including itself, or all of them where not ``causal``. Nothing sees the padding of the text.
 
     Args:
         text: ``[B * columns, S, ...]``; only its size and device matter.
@@ -112,13 +119,13 @@ def pack(
         n_axes: of rotary positions: 3 for time, row and column, 1 for time, 0 for none.
 
     Raises:
-        ValueError: another shape of the mask, or (on a CPU) padding before text.
+        ValueError: a mask of another shape, or (on a CPU) padding before text.
     """
     text_length, device = text.shape[1], text.device
     valid = None if text_mask is None else _valid_lengths(text_mask, text)
     masks = []
     for i, column in enumerate(columns):
-        first, *others = [rows * cols for frames, rows, cols in column for _ in range(frames)]
+        first, *others = _frame_tokens(column)
         blocks = [text_length + first, *others]
         if not causal:
             blocks = [sum(blocks)]
@@ -129,12 +136,11 @@ def pack(
     mask = masks[0] if len(masks) == 1 else IntervalMask.pack(masks)
     make = rotary_positions if torch.compiler.is_compiling() else kept_rotary_positions
     positions = make(columns, text_length, n_axes, device) if n_axes else None
-    return Packing(columns, n_rows, text_length, mask, positions)
+    return Packing(columns, text_length, mask, positions)
 
 
-def pack_call(
+def pack_for_sampling(
     column: Column,
-    n_rows: int,
     text: Tensor,
     text_mask: Tensor | None,
     *,
@@ -143,17 +149,17 @@ def pack_call(
     past_frames: int = 0,
     only_current: bool = False,
 ) -> Packing:
-    """The sequence of one column, less what a cache holds of it.
+    """The sequence of one column without the tokens that a cache holds.
 
     Args:
         column: all clips, those in the cache included.
-        past_frames: the oldest frames, which are in the cache, and so is the text if there are any.
-        only_current: the last block has only the tokens as queries that are being made.
+        past_frames: how many of the oldest frames are in the cache. If any are, so is the text.
+        only_current: in the last block, only tokens of the clip being made are queries.
 
-    The rest and errors: `pack`, of one column.
+    Other arguments and errors: as for `pack`, with one column.
     """
-    whole = pack((column,), n_rows, text, text_mask, causal, n_axes)
-    frames = [rows * cols for frames, rows, cols in column for _ in range(frames)]
+    whole = pack((column,), text, text_mask, causal=causal, n_axes=n_axes)
+    frames = _frame_tokens(column)
     n_past = whole.text_length + sum(frames[:past_frames]) if past_frames else 0
     n_current = n_tokens(column[-1:])
     rank = torch.arange(len(frames)).repeat_interleave(torch.tensor(frames))
@@ -162,7 +168,7 @@ def pack_call(
     valid = None if text_mask is None else _valid_lengths(text_mask, text)
 
     def seen(queries: Tensor, keys: slice) -> IntervalMask:
-        """Of queries without text."""
+        """The mask of queries of these ranks, none of which is text."""
         mask = IntervalMask.from_ranks(queries, rank[keys])
         if valid is None or keys.start:
             return mask
@@ -191,8 +197,13 @@ def pack_call(
     return replace(packing, last_block=last_block)
 
 
+def _frame_tokens(column: Column) -> list[int]:
+    """Tokens of every frame."""
+    return [rows * cols for frames, rows, cols in column for _ in range(frames)]
+
+
 def _without_frames(column: Column, n_frames: int) -> Column:
-    """The clips, or the rest of them, after the oldest ``n_frames`` frames."""
+    """What is left of the clips without the oldest ``n_frames`` frames."""
     rest = []
     for frames, rows, cols in column:
         dropped = min(frames, n_frames)
@@ -203,7 +214,7 @@ def _without_frames(column: Column, n_frames: int) -> Column:
 
 
 def _valid_lengths(text_mask: Tensor, text: Tensor) -> Tensor:
-    """Text tokens per row."""
+    """Text tokens of each row."""
     if text_mask.shape != text.shape[:2]:
         raise ValueError(
             f"text_mask: expected shape {list(text.shape[:2])}, got {list(text_mask.shape)}"
@@ -216,7 +227,11 @@ def _valid_lengths(text_mask: Tensor, text: Tensor) -> Tensor:
 
 
 def grids_of(clips: Sequence[Sequence[Tensor]], n_channels: int) -> tuple[Column, ...]:
-    """The sizes of the clips in tokens, or a ValueError that names what does not fit."""
+    """The sizes of the clips of all columns in tokens.
+
+    Raises:
+        ValueError: naming the clip that does not fit.
+    """
     if not clips or not all(clips):
         raise ValueError(f"columns: expected clips in every one, got {[len(c) for c in clips]}")
     n_rows = len(clips[0][0])
@@ -237,13 +252,21 @@ def grids_of(clips: Sequence[Sequence[Tensor]], n_channels: int) -> tuple[Column
     )
 
 
+def pack_patches(columns: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Patches of the clips of all columns, one after another, ``[B, sum of L, 4 C]``."""
+    return torch.cat([patchify(clip) for column in columns for clip in column], dim=1)
+
+
 def patchify(clip: Tensor) -> Tensor:
-    """``[B, C, t, h, w]`` to tokens ``[B, t * h/2 * w/2, 4 C]``: row, column in the patch, C."""
+    """``[B, C, t, h, w]`` to patches ``[B, t * h/2 * w/2, 4 C]``.
+
+    The channels of a patch are in the order (row, column, latent channel).
+    """
     x = clip.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))  # [B, C, t, h, p, w, q]
     return x.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """The inverse of `patchify` for a clip of ``grid`` (frames, rows, columns) tokens."""
-    x = tokens.unflatten(1, grid).unflatten(-1, (PATCH, PATCH, -1))  # [B, t, h, w, p, q, C]
+def unpatchify(patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The inverse of `patchify` for a clip of ``grid`` (frames, rows, columns) patches."""
+    x = patches.unflatten(1, grid).unflatten(-1, (PATCH, PATCH, -1))  # [B, t, h, w, p, q, C]
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)

@@ -1,14 +1,20 @@
-"""What Pyramid Flow's two transformers share: inputs, packing, the way out.
+"""What Pyramid Flow's two transformers share: how they are called, packed and initialised.
 
-A model is called with columns of clips (see `sequence`) and predicts the velocity, noise minus
-data, of the last clip of each column. Weights and results do not depend on `ops`.
+There are two ways to call a model:
+
+    predict    from clips, timesteps and text features to velocities; training calls this
+    forward    on prepared inputs: packed patches, embedded text, `condition` and `packing`; the
+               sampler calls this at every step, with inputs that it prepares once for many steps
+
+A velocity is noise minus data, as in `training.loss`. Weights and results do not depend on ``ops``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,124 +24,94 @@ from vidgen.ops import EAGER, Ops
 
 from .config import PATCH, FluxConfig, MMDiTConfig
 from .kv_cache import BlockCache
-from .layers import Condition, Conditioning, Modulation, Stream, adaptive_norm
+from .layers import AdaLNContinuous, AdaLNZero, Condition, Stream, TimeTextEmbedding
 from .positions import Column
-from .sequence import Packing, grids_of, pack, pack_call, unpatchify
-
-
-class EmbeddedText(NamedTuple):
-    """What a model makes of its text before the first block, the same at every timestep."""
-
-    tokens: Tensor  # [B * columns, S, D]
-    pooled: Tensor  # [B * columns, D]
+from .sequence import Packing, grids_of, pack, pack_for_sampling, pack_patches
 
 
 class PyramidTransformer(nn.Module):
-    """The common part. A model embeds patches (`embed`) and runs its blocks (`run`)."""
+    """The common part. A model adds `forward`, its blocks and the embedding of patches."""
 
     def __init__(
         self, config: FluxConfig | MMDiTConfig, axes: tuple[int, ...], ops: Ops = EAGER
     ) -> None:
-        """``axes``: how many channels of a head turn along each axis of its position."""
+        """``axes``: how many channels of a head are rotated by each axis of its position."""
         super().__init__()
         self.config, self.axes, self.ops = config, axes, ops
-        self.time_text_embed = Conditioning(config.pooled_projection_dim, config.width)
+        self.time_text_embed = TimeTextEmbedding(config.pooled_projection_dim, config.width)
         self.context_embedder = nn.Linear(config.joint_attention_dim, config.width)
-        self.norm_out = Modulation(config.width, 2)
+        self.norm_out = AdaLNContinuous(config.width)
         self.proj_out = nn.Linear(config.width, PATCH * PATCH * config.latent_channels)
 
-    def embed(self, clips: Sequence[Sequence[Tensor]], packing: Packing) -> Tensor:
-        """Tokens of all columns ``[B, sum of L, D]``."""
-        raise NotImplementedError
-
-    def embed_places(self, columns: tuple[Column, ...]) -> Tensor | None:
-        """What `embed` adds for the places of tokens in the picture, None: nothing."""
-        return None
-
-    def run(
-        self,
-        text: Stream | None,
-        video: Stream,
-        c: Tensor | Condition,
-        packing: Packing,
-        caches: Sequence[BlockCache | None],
-    ) -> Stream:
-        """All blocks; a stream with the tokens of the last clips at the end of each part.
-
-        ``caches`` has one for each block; ``text`` is None where they hold it.
-        """
-        raise NotImplementedError
-
-    def checkpoints(self, index: int, n_blocks: int) -> bool:
-        """Whether a block keeps only its inputs for the backward."""
-        raise NotImplementedError
-
-    def forward(
+    def predict(
         self,
         columns: Sequence[Sequence[Tensor]],
-        timestep: Tensor | Condition,
-        text: Tensor | EmbeddedText,
-        text_mask: Tensor | None = None,
-        pooled: Tensor | None = None,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        pooled: Tensor,
         *,
         causal: bool | None = None,
-        packing: Packing | None = None,
-        caches: Sequence[BlockCache] | None = None,
     ) -> list[Tensor]:
-        """Velocities of the clips being made, ``[B, C, t, h, w]`` for each column.
+        """Velocities of the last clip of every column, ``[B, C, t, h, w]``.
+
+        Rows of the other inputs have samples first, then columns (see `sequence`).
 
         Args:
-            columns: per column the clips ``[B, C, t, h, w]``, oldest first; h and w even.
-            timestep: 0 to 1000, ``[B * columns]``; samples first, then columns, as the next three.
-                Or what `condition` made of it, beside embedded text.
-            text: T5 features ``[B * columns, S, joint_attention_dim]``, or what `embed_text` made
-                of them and of ``pooled``; that is for calls with a packing.
+            columns: for each column its clips ``[B, C, t, h, w]``, oldest first; h and w even.
+            timestep: 0 to 1000, ``[B * columns]``.
+            text: T5 features ``[B * columns, S, joint_attention_dim]``.
             text_mask: ``[B * columns, S]``, zero for the padding at the end; None: no padding.
             pooled: CLIP features ``[B * columns, pooled_projection_dim]``.
             causal: whether frames see only the frames before them; default as the config says.
-            packing: what `pack` gave for clips of these sizes; a sampler saves building it at
-                every step. ``text_mask`` and ``causal`` are those it was made with.
-            caches: one for each block, with a packing of `pack_call`; ``columns`` are the frames
-                that are not in them.
 
         Raises:
             ValueError: shapes that do not fit, padding before text.
         """
-        if not isinstance(text, EmbeddedText):
-            if pooled is None:
-                raise ValueError("pooled: expected features beside those of the text, got None")
-            if packing is None:
-                packing = self.pack(columns, text, text_mask, causal=causal)
-            packing.check(text=text, pooled=pooled)
-            text = self.embed_text(text, pooled)
-        if packing is None:
-            raise ValueError("packing: expected one beside embedded text, got None")
-        if isinstance(timestep, Condition):
-            c = timestep
-            packing.check(timestep=c.c, text=text.tokens, pooled=text.pooled)
-        else:
-            packing.check(timestep=timestep, text=text.tokens, pooled=text.pooled)
-            c = F.silu(self.time_text_embed(timestep, text.pooled))
+        packing = self.pack(columns, text, text_mask, causal=causal)
+        n_rows, n_columns = len(columns[0][0]), len(columns)
+        for name, x in (("text", text), ("pooled", pooled), ("timestep", timestep)):
+            if len(x) != n_rows * n_columns:
+                raise ValueError(
+                    f"{name}: expected {n_rows * n_columns} rows ({n_rows} samples x "
+                    f"{n_columns} columns), got shape {list(x.shape)}"
+                )
+        text_tokens, pooled = self.embed_text(text, pooled)
+        condition = self.condition(timestep, pooled)
+        return packing.unpack(self(pack_patches(columns), text_tokens, condition, packing))
 
-        text_stream = Stream([text.tokens]) if packing.text_length else None
-        video = Stream(packing.split_video(self.embed(columns, packing)))
-        video = self.run(text_stream, video, c, packing, caches or [None] * self.n_blocks)
-        return self.read_out(video.last(packing.current_lengths), c, packing)
+    def forward(
+        self,
+        patches: Tensor,
+        text_tokens: Tensor,
+        condition: Condition,
+        packing: Packing,
+        caches: Sequence[BlockCache] | None = None,
+    ) -> Tensor:
+        """Velocities of the last clips in patches, ``[B, sum over columns, 4 C]``.
 
-    def embed_text(self, text: Tensor, pooled: Tensor) -> EmbeddedText:
-        """For many calls; shapes as those of `forward`."""
-        embedded = self.time_text_embed.text_embedder(pooled)
-        return EmbeddedText(self.context_embedder(text), embedded)
+        Args:
+            patches: of all clips (`pack_patches`) that no cache holds, ``[B, sum of L, 4 C]``.
+            text_tokens: from `embed_text`, ``[B * columns, S, D]``; not read where the caches hold
+                the text.
+            condition: from `condition`.
+            packing: from `pack`, or with caches from `pack_for_sampling`.
+            caches: the keys and values of each block.
+        """
+        raise NotImplementedError
 
-    def condition(self, timestep: Tensor, text: EmbeddedText) -> Condition:
-        """For calls at the same timestep; ``[B * columns]`` as for `forward`."""
-        return Condition(F.silu(self.time_text_embed(timestep, text.pooled)))
+    def embed_text(self, text: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """T5 and CLIP features as `predict` takes them to text tokens ``[B * columns, S, D]`` and
+        pooled text ``[B * columns, D]``. They serve all timesteps."""
+        return self.context_embedder(text), self.time_text_embed.text_embedder(pooled)
 
-    @property
-    def n_blocks(self) -> int:
-        """Of all kinds."""
-        config = self.config
-        return config.num_layers + getattr(config, "num_single_layers", 0)
+    def condition(self, timestep: Tensor, pooled: Tensor, *, keep: bool = False) -> Condition:
+        """The condition of timesteps ``[B * columns]`` and the pooled text of `embed_text`.
+
+        With ``keep`` it stores the modulation of every layer, for more calls at these timesteps.
+        """
+        c = F.silu(self.time_text_embed(timestep, pooled))
+        return Condition(c, {} if keep else None)
 
     def pack(
         self,
@@ -145,13 +121,13 @@ class PyramidTransformer(nn.Module):
         *,
         causal: bool | None = None,
     ) -> Packing:
-        """Mask and positions of a call; arguments and errors as those of `forward`."""
+        """Mask and positions for a call; arguments and errors as for `predict`."""
         grids = grids_of(columns, self.config.latent_channels)
         causal = self.config.use_temporal_causal if causal is None else causal
-        packing = pack(grids, len(columns[0][0]), text, text_mask, causal, len(self.axes))
-        return replace(packing, embeddings=self.embed_places(grids))
+        packing = pack(grids, text, text_mask, causal=causal, n_axes=len(self.axes))
+        return replace(packing, embeddings=self.place_embeddings(grids))
 
-    def pack_call(
+    def pack_for_sampling(
         self,
         column: Column,
         text: Tensor,
@@ -160,18 +136,18 @@ class PyramidTransformer(nn.Module):
         past_frames: int = 0,
         only_current: bool = False,
     ) -> Packing:
-        """Mask and positions of one column that may be in part in a cache.
+        """Mask and positions of one column, part of which may be in a cache.
 
         Args:
             column: the sizes (frames, rows, columns) of all its clips in tokens, oldest first.
-            text: ``[B, S, ...]``, of which only size and device matter.
-            past_frames: the oldest frames, which caches hold and `forward` is not given.
-            only_current: the last block runs on the tokens alone that are being made: the same
-                results for less work.
+            text: ``[B, S, ...]``; only its size and device matter.
+            past_frames: how many of the oldest frames are in the caches; `forward` is not given
+                their patches.
+            only_current: the last block runs only on the tokens of the clip being made. The
+                result is the same, for less work.
         """
-        packing = pack_call(
+        packing = pack_for_sampling(
             column,
-            len(text),
             text,
             text_mask,
             causal=self.config.use_temporal_causal,
@@ -179,31 +155,41 @@ class PyramidTransformer(nn.Module):
             past_frames=past_frames,
             only_current=only_current,
         )
-        return replace(packing, embeddings=self.embed_places(packing.columns))
+        return replace(packing, embeddings=self.place_embeddings(packing.columns))
 
-    def read_out(self, current: Stream, c: Tensor | Condition, packing: Packing) -> list[Tensor]:
-        scale, shift = self.norm_out(c, len(packing.columns))
-        _, a = adaptive_norm(self.ops, current, shift, scale)
-        patches = self.proj_out(a).split(packing.current_lengths, dim=1)
+    def place_embeddings(self, columns: tuple[Column, ...]) -> Tensor | None:
+        """What is added to tokens for their place in the picture; None: nothing."""
+        return None
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of all kinds."""
+        config = self.config
+        return config.num_layers + getattr(config, "num_single_layers", 0)
+
+    def norm_and_project(self, stream: Stream, condition: Condition, packing: Packing) -> Tensor:
+        """The way out of a model: from the tokens of the last clips to patches of velocity."""
+        (modulation,) = self.norm_out(condition, len(packing.columns))
+        _, a = stream.last(packing.current_lengths).norm(modulation, self.ops)
+        return self.proj_out(a)
+
+    def checkpointed(self, blocks: nn.ModuleList) -> list[Callable[..., Any]]:
+        """The blocks; in training, some of them keep only their inputs for the backward pass."""
+        if not (self.training and self.config.use_gradient_checkpointing):
+            return list(blocks)
         return [
-            unpatchify(x, column[-1]) for x, column in zip(patches, packing.columns, strict=True)
+            partial(checkpoint, block, use_reentrant=False)
+            if self.is_checkpointed(i, len(blocks))
+            else block
+            for i, block in enumerate(blocks)
         ]
 
-    def run_block(
-        self,
-        index: int,
-        blocks: nn.ModuleList,
-        args: tuple[Any, ...],
-        cache: BlockCache | None = None,
-    ) -> Any:
-        block: Callable[..., Any] = blocks[index]
-        trains = self.training and self.config.use_gradient_checkpointing
-        if trains and self.checkpoints(index, len(blocks)):
-            return checkpoint(block, *args, self.ops, cache, use_reentrant=False)
-        return block(*args, self.ops, cache)
+    def is_checkpointed(self, index: int, n_blocks: int) -> bool:
+        """Whether the block of this index, of ``n_blocks`` of its kind, keeps only its inputs."""
+        raise NotImplementedError
 
     def initialize(self) -> None:
-        """As the official models start: what they predict is 0."""
+        """As the official models start: their output is 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -212,6 +198,6 @@ class PyramidTransformer(nn.Module):
             nn.init.normal_(two.linear_1.weight, std=0.02)
             nn.init.normal_(two.linear_2.weight, std=0.02)
         for module in self.modules():
-            if isinstance(module, Modulation):
+            if isinstance(module, AdaLNZero):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.proj_out.weight)

@@ -1,4 +1,4 @@
-"""Official checkpoints: state dicts by key, with nothing missing and nothing left over."""
+"""Loads the transformers from official checkpoints, whose keys must fit exactly."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def load_transformer(
 ) -> PyramidTransformer:
     """The transformer of a config.json with the weights of a checkpoint, in their dtype.
 
-    Keys may begin with ``dit.``, as in training checkpoints, whose VAE and text encoders are left
-    out. Errors: `load_exactly`.
+    In training checkpoints keys begin with ``dit.``, and those of VAE and text encoders are
+    skipped. Errors: as for `load_exactly`.
     """
     with torch.device("meta"):
         model = build_transformer(config, ops)
@@ -42,7 +42,7 @@ def load_transformer(
 def load_pretrained(folder: str | Path, ops: Ops = EAGER, **options: Any) -> PyramidTransformer:
     """The transformer in a folder with config.json and weights, such as the released variants.
 
-    ``options`` replace those of config.json: ``use_gradient_checkpointing=True`` to train.
+    ``options`` replace those of config.json, for example ``use_gradient_checkpointing=True``.
     """
     config, state = read_folder(folder, within="model")
     return load_transformer(config | options, state, ops)

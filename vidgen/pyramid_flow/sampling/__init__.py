@@ -1,1 +1,1 @@
-"""From noise to latents: noise levels, guidance, the loop."""
+"""From noise to latents: options, noise levels, guidance, the loop."""

@@ -1,4 +1,4 @@
-"""How a video is made: its size and units, steps, guidance, cache."""
+"""The options of the sampler: size and units of a video, steps, guidance, cache."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from .scheduler import PyramidFlowScheduler
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How a video is made; the defaults are those of the released demos."""
+    """The options of `sampler.sample`; the defaults are those of the released demos.
 
-    size: tuple[int, int]  # height and width of the latents, an eighth of the pixels'
-    n_units: int = 1  # of the whole video, given ones included; 1: an image
+    Raises:
+        ValueError: sizes, steps or counts that do not fit.
+    """
+
+    size: tuple[int, int]  # height and width of the latents, an eighth of the pixels
+    n_units: int = 1  # of the whole video, including given ones; 1: an image
     frames_per_unit: int = 1  # latent frames; the first unit has one
-    first_steps: tuple[int, ...] = (20, 20, 20)  # per stage, of the first unit
-    steps: tuple[int, ...] = (10, 10, 10)  # of all others
+    first_steps: tuple[int, ...] = (20, 20, 20)  # of the first unit, for each stage
+    steps: tuple[int, ...] = (10, 10, 10)  # of every other unit
     guidance: Guidance = field(default_factory=Guidance)
     scheduler: PyramidFlowScheduler = field(default_factory=PyramidFlowScheduler)
     cache: CachePolicy = OFF
-    round_official: bool = False  # latents and their arithmetic in the model's dtype, not in fp32
+    round_official: bool = False  # latents in the model's dtype, not in fp32
 
     def __post_init__(self) -> None:
         n_stages = self.scheduler.stages
@@ -53,7 +57,7 @@ class SamplingConfig:
         return self.size[0] // factor, self.size[1] // factor
 
     def clips(self, unit: int, stage: int) -> list[HistoryClip]:
-        """What a model sees at a stage of ``unit``; the last clip is being made."""
+        """The clips that the model sees at a stage of ``unit``; the last one is being made."""
         per_unit = self.frames_per_unit
         history = history_layout(unit, stage, per_unit)
         return [*history, HistoryClip(stage, unit_frames(unit, per_unit))]

@@ -1,8 +1,8 @@
-"""Classifier-free guidance: how strongly each unit of a video is led away from the negative prompt.
+"""Classifier-free guidance (arXiv 2207.12598): its scale g for each unit of a video.
 
     v = v_negative + g (v_prompt - v_negative)
 
-as in arXiv 2207.12598, with g of its own for the first unit, an image, and for all later ones.
+The first unit, an image, and all later units have different scales.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearGuidance:
-    """``g = max(guidance.image - slope * unit, minimum)``, by the defaults of the released code."""
+    """``g = max(guidance.image - slope * unit, minimum)``, with the released code's defaults."""
 
     slope: float = 0.5
     minimum: float = 2.0
@@ -24,15 +24,15 @@ class LinearGuidance:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scales of guidance; 1 is the prompt alone, and its forward passes are half as large.
+    """Scales of guidance. A scale of 1 is no guidance; its forward passes are half as large.
 
-    The released code turns guidance off by an image scale of 0 or less, and so does this.
+    As in the released code, an image scale of 0 or less turns guidance off for all units.
     """
 
     image: float = 7.0  # of the first unit
-    video: float = 5.0  # of all others; the released code takes 4 where it continues an image
-    linear: LinearGuidance | None = None  # takes the place of both
-    always: bool = False  # both prompts also where the scale is 1, as the released code runs
+    video: float = 5.0  # of every other unit; the released code uses 4 to continue an image
+    linear: LinearGuidance | None = None  # if given, the scales of all units
+    always: bool = False  # run both prompts even at scale 1, as the released code does
 
     def __post_init__(self) -> None:
         _check_finite(image=self.image, video=self.video)

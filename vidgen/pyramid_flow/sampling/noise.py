@@ -1,7 +1,7 @@
-"""Where a sampler's random numbers come from: white noise of a video, and noise for each jump.
+"""The random numbers of the sampler: white noise for a video, and noise for each jump.
 
-The order is that of the released code: first all frames at once, at full size, then each jump as it
-comes.
+The order is that of the released code: first the noise of all frames at full size, then that of
+each jump when it is made.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from torch import Tensor
 
 
 class Noise(Protocol):
-    """Where a sampler gets its random numbers."""
+    """The source of a sampler's random numbers."""
 
     def initial(self, shape: Sequence[int]) -> Tensor:
-        """White noise of all frames at full size, ``[B, C, T, h, w]``."""
+        """White noise for all frames at full size, ``[B, C, T, h, w]``."""
         ...
 
     def jump(self, unit: int, stage: int, shape: Sequence[int]) -> dict[str, Any]:
-        """Noise for the jump into a stage, as an argument of ``upsample_renoise``."""
+        """Noise for the jump into a stage, as a keyword argument of `Ops.upsample_renoise`."""
         ...
 
 
 class DrawnNoise:
-    """Noise from one generator, which draws where it lives: on a CPU the same for every device."""
+    """Noise from one generator, drawn on its own device; default: the global one of the CPU.
+
+    So a generator on the CPU gives the same noise on every device.
+    """
 
     def __init__(
         self, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32

@@ -1,17 +1,19 @@
-"""Pyramid Flow's scheduler: one straight flow per resolution, joined at jump points.
+"""Pyramid Flow's scheduler: noise levels and timesteps of every stage, and the jumps between them.
 
-Noise level sigma runs from 1 (noise) to 0 (clean); stage 0 has the lowest resolution. Stage s owns
-the window from ``ori_start_sigmas[s]`` to ``end_sigmas[s]`` of a grid of `num_train_timesteps`
-levels. Up-sampling at a jump keeps neighbours correlated; block noise makes up for that and raises
-the level, so a stage s > 0 starts at the larger
+The noise level sigma goes from 1 (noise) to 0 (clean); stage 0 has the lowest resolution. Stage s
+has the window from ``ori_start_sigmas[s]`` to ``end_sigmas[s]`` of a grid of `num_train_timesteps`
+levels. Up-sampling at a jump leaves neighbouring pixels correlated. Block noise removes the
+correlation and raises the level, so that a stage s > 0 starts at the larger
 
     start_s = 1 - alpha_s (1 - o),  alpha_s = 1 / (sqrt(1 + 1/gamma) o + 1 - o),  o = ori_start_s
 
     x <- alpha_s nearest2(x) + beta_s eta,  beta_s = alpha_s o / sqrt(gamma)
 
-where eta has covariance ``(1 + gamma) I - gamma 11^T`` over every 2 x 2 block. Inside a stage the
-local sigma runs from 1 to 0; the timestep that the model sees is global, and each stage has the
-share of the timesteps that its length ``start_s - end_s`` is of the sum.
+where eta has covariance ``(1 + gamma) I - gamma 11^T`` within every 2 x 2 block. Inside a stage, a
+local sigma goes from 1 to 0. The timestep given to the model is global: every stage has a share of
+the timesteps in proportion to its length ``start_s - end_s``.
+
+The sampler takes its steps from here, training its tables.
 
 Pyramidal Flow Matching (arXiv 2410.05954), section 3.2 and appendix A.
 """
@@ -32,8 +34,8 @@ from vidgen.ops import EAGER, Ops, renoise_coefficients
 class StageSteps(NamedTuple):
     """The inference steps of one stage, float64."""
 
-    timesteps: Tensor  # [N], what the model sees
-    sigmas: Tensor  # [N + 1], of the stage, from 1 to 0
+    timesteps: Tensor  # [N], given to the model
+    sigmas: Tensor  # [N + 1], local to the stage, from 1 to 0
 
     @property
     def steps(self) -> list[float]:
@@ -43,15 +45,16 @@ class StageSteps(NamedTuple):
 
 @dataclass(frozen=True)
 class PyramidFlowScheduler:
-    """Tables are float64, from a float32 grid of noise levels, as the official ones are.
+    """Tables are float64, computed from a float32 grid of noise levels as in the official code.
 
     Raises:
-        ValueError: settings out of range; later, a stage or a number of steps that does not exist.
+        ValueError: settings out of range. Methods raise it for a stage that does not exist, or
+            less than one step.
     """
 
     stages: int = 3
     stage_range: tuple[float, ...] = (0, 1 / 3, 2 / 3, 1)  # from noise to clean
-    gamma: float = 1 / 3  # -gamma is the correlation of two pixels of a block of noise
+    gamma: float = 1 / 3  # two pixels of a block of noise have correlation -gamma
     shift: float = 1.0
     num_train_timesteps: int = 1000
 
@@ -73,7 +76,7 @@ class PyramidFlowScheduler:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "PyramidFlowScheduler":
-        """From a larger set of options, whose other names are not read; ranges tell the stages."""
+        """From a dict of options, of which others are ignored; ranges give the number of stages."""
         given = {f.name: options[f.name] for f in fields(cls) if f.name in options}
         if "stage_range" in given:
             given.setdefault("stages", len(given["stage_range"]) - 1)
@@ -89,7 +92,7 @@ class PyramidFlowScheduler:
 
     @cached_property
     def ori_start_sigmas(self) -> list[float]:
-        """Where each stage starts before the correction for up-sampling."""
+        """The noise level at each stage's start, before the correction for up-sampling."""
         return [self._sigma_at(x) for x in self.stage_range[:-1]]
 
     @cached_property
@@ -104,7 +107,7 @@ class PyramidFlowScheduler:
 
     @cached_property
     def timestep_ratios(self) -> list[tuple[float, float]]:
-        """The part of the global timesteps that each stage has: fractions, from noise to clean."""
+        """Begin and end of each stage, in fractions of the timesteps, from noise to clean."""
         lengths = [a - b for a, b in zip(self.start_sigmas, self.end_sigmas, strict=True)]
         bounds = [sum(lengths[:s]) / sum(lengths) for s in range(self.stages)] + [1.0]
         return list(pairwise(bounds))
@@ -124,9 +127,10 @@ class PyramidFlowScheduler:
         return [_descending(1.0, 0.0, self.num_train_timesteps) for _ in range(self.stages)]
 
     def set_timesteps(self, n_steps: int, stage: int) -> StageSteps:
-        """The steps of one stage: evenly spaced from its first to its last training level, then 0.
+        """The steps of one stage.
 
-        So the last interval is short, and one step goes from 1 to 0.
+        They are evenly spaced from its first to its last training level, followed by 0. So the last
+        interval is short, and a single step goes from 1 to 0.
         """
         self._check_stage(stage)
         if n_steps < 1:
@@ -139,7 +143,7 @@ class PyramidFlowScheduler:
         )
 
     def renoise_coefficients(self, stage: int) -> tuple[float, float]:
-        """alpha and beta of the jump into ``stage`` from the one before it."""
+        """alpha and beta of the jump from the stage before into ``stage``."""
         self._check_stage(stage)
         if stage == 0:
             raise ValueError("stage: expected at least 1, nothing jumps into stage 0")
@@ -147,7 +151,7 @@ class PyramidFlowScheduler:
 
     @property
     def block_covariance(self) -> Tensor:
-        """Of the noise in a 2 x 2 block, float64 ``[4, 4]``; singular for gamma = 1/3."""
+        """That of the noise in a 2 x 2 block, float64 ``[4, 4]``; singular for gamma = 1/3."""
         ones = torch.ones(4, 4, dtype=torch.float64)
         return (1 + self.gamma) * torch.eye(4, dtype=torch.float64) - self.gamma * ones
 
@@ -161,7 +165,7 @@ class PyramidFlowScheduler:
         guidance: float = 1.0,
         ops: Ops = EAGER,
     ) -> Tensor:
-        """One of `StageSteps.steps`: Euler, ``x + step * v`` with the guided v."""
+        """One Euler step, ``x + step * v`` with the guided v; ``step`` from `StageSteps.steps`."""
         return ops.euler_step(x, velocity, step, uncond=uncond, guidance=guidance)
 
     def _sigma_at(self, fraction: float) -> float:
@@ -174,5 +178,5 @@ class PyramidFlowScheduler:
 
 
 def _descending(first: float, last: float, n: int) -> Tensor:
-    """``n`` evenly spaced float64 numbers from ``first``; ``last`` would be the next one."""
+    """``n`` evenly spaced float64 numbers from ``first`` towards ``last``, which is left out."""
     return torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]

@@ -1,1 +1,1 @@
-"""The training objective."""
+"""The loss, and its connection to `vidgen train`."""

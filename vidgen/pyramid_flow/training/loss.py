@@ -1,19 +1,23 @@
-"""Pyramid Flow's training objective: one flow-matching loss over all stages of the pyramid.
+"""Pyramid Flow's loss: flow matching in all stages of the pyramid at once.
 
-Stage s carries latents of size H / 2^(K-1-s) from a noisy, blurred start to a sharper end. Both use
-the same noise, so that a stage is a straight line at a constant velocity, start - end:
+Stage s takes latents of size H / 2^(K-1-s) from a noisy, blurred start to a sharper end. Start and
+end have the same noise, so that the path is a straight line of constant velocity, start - end:
 
     start = start_s * noise_s + (1 - start_s) * up(clean_{s-1})       stage 0: noise
     end   = end_s * noise_s + (1 - end_s) * clean_s                   last stage: clean
     input = r * start + (1 - r) * end,   target = start - end,   r uniform in (0, 1]
 
-A step packs one *column* of samples per entry of `stages`, of different sizes and lengths. A
-column trains the last unit of a video shortened to its own number of units (see `history`); the
-frames before are history, in a pyramid of resolutions, a little corrupted so that the model learns
-to live with its own mistakes. Without history all frames are trained at once (`full_sequence`).
+A step packs one *column* of samples for each entry of `TrainingConfig.stages`. Columns differ in
+size and length. A column shortens its videos to its own number of units (`training_units`) and
+trains the last of them. The frames before are history, in a pyramid of resolutions, with a little
+noise so that the model learns to tolerate its own errors. With `full_sequence` there is no history
+and all frames are trained at once.
 
-Shapes: N samples, sample b of column c is ``b * columns + c``; B = N / columns samples a column;
-K stages; latents [N, C, T, H, W], normalised.
+`objective` calls it for `vidgen train`; `training_columns` and `training_step` are a whole step.
+Pyramidal Flow Matching (arXiv 2410.05954), section 3.
+
+Shapes: N samples, where sample b of column c is ``b * columns + c``; B = N / columns samples of a
+column; K stages; latents [N, C, T, H, W], normalised.
 """
 
 from __future__ import annotations
@@ -30,12 +34,13 @@ from vidgen.ops import Ops
 from ..model.history import HistoryClip, history_layout, unit_frames
 from ..model.transformer import PyramidTransformer
 from ..sampling.scheduler import PyramidFlowScheduler
+from ..text import TextFeatures
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     sample_ratios: tuple[int, ...] = (1, 2, 1)  # columns per stage, the lowest resolution first
-    corrupt_ratio: float = 1 / 3  # the most noise in the history
+    corrupt_ratio: float = 1 / 3  # upper bound of the noise in the history
     frames_per_unit: int = 1
     full_sequence: bool = False
 
@@ -49,30 +54,22 @@ class TrainingConfig:
         return [s for s, ratio in enumerate(self.sample_ratios) for _ in range(ratio)]
 
 
-class Conditions(NamedTuple):
-    """What a video is made from, a row per sample."""
-
-    text: Tensor  # [N, S, joint_attention_dim]
-    text_mask: Tensor | None  # [N, S], zero for padding
-    pooled: Tensor  # [N, pooled_projection_dim]
-
-
 class ColumnDraws(NamedTuple):
     """All random numbers of a column."""
 
     noise: Tensor  # [B, C, T, H, W] normal, at full size
-    time: Tensor  # [B] uniform in 0..1, where in the stage
+    time: Tensor  # [B] uniform in 0..1, the place in the stage
     corruption: Tensor  # [B] uniform in 0..1, times `corrupt_ratio`
-    history_noise: list[Tensor]  # normal like the history's clips, the most recent first
+    history_noise: list[Tensor]  # normal, of the shapes of the history's clips, newest first
 
 
 class TrainingColumn(NamedTuple):
-    """What the model is given and asked for in one column."""
+    """The model's inputs and target in one column."""
 
-    clips: list[Tensor]  # [B, C, t, h, w], oldest first; the last is trained
+    clips: list[Tensor]  # [B, C, t, h, w], oldest first; the last one is trained
     target: Tensor  # velocity of the last clip
     timestep: Tensor  # [B], 0 to 1000
-    sigma: Tensor  # [B], the place r in the stage
+    sigma: Tensor  # [B], r in the formula
 
 
 class TrainingResult(NamedTuple):
@@ -97,7 +94,7 @@ def draw_column(
     config: TrainingConfig,
     generator: torch.Generator,
 ) -> ColumnDraws:
-    """The random numbers of one column; the latents only say sizes, dtype and device."""
+    """The random numbers of one column; of the latents only size, dtype and device matter."""
     n_rows, n_channels, n_frames, height, width = latents.shape
 
     def normal(*shape: int) -> Tensor:
@@ -126,12 +123,15 @@ def training_columns(
     units: Sequence[int],
     ops: Ops,
 ) -> list[TrainingColumn]:
-    """Inputs and targets of a step: a column for each of ``config.stages``.
+    """The inputs and targets of a step, a column for each of ``config.stages``.
 
     Args:
-        units: how many units of the video each stage trains on (`history.training_units`); more
-            than there are mean all; frames that fill no unit are left out. Not read for the full
+        units: how many units of the video each stage trains on (`history.training_units`). More
+            than there are means all. Frames that fill no unit are left out. Not read for the full
             sequence.
+
+    Raises:
+        ValueError: samples that are no multiple of the columns.
     """
     columns = zip(config.stages, _by_column(latents, config), draws, strict=True)
     return [
@@ -149,7 +149,7 @@ def training_column(
     scheduler: PyramidFlowScheduler,
     ops: Ops,
 ) -> TrainingColumn:
-    """One column. Those of images and videos, of any sizes, may be packed in one step."""
+    """One column. A step may pack columns of images and videos of any sizes."""
     clean = _pyramid(latents, config.n_stages, ops)
     noise = _pyramid(drawn.noise, config.n_stages, ops, noise=True)
     history: list[Tensor] = []
@@ -178,19 +178,21 @@ def training_column(
 def training_step(
     model: PyramidTransformer,
     columns: Sequence[TrainingColumn],
-    conditions: Conditions,
+    text: TextFeatures,
     *,
     full_sequence: bool = False,
 ) -> TrainingResult:
-    """One packed forward and the loss: the mean over samples of their mean squared errors.
+    """One packed forward pass and the loss, the mean over samples of the mean squared error.
 
-    ``conditions`` are in the order of the samples; the full sequence is seen by all of its frames.
+    Args:
+        text: of the samples, in their order.
+        full_sequence: every frame sees all frames.
     """
     timestep = torch.stack([column.timestep for column in columns], dim=1).flatten()
-    predictions = model(
+    predictions = model.predict(
         [column.clips for column in columns],
         timestep,
-        *conditions,
+        *text,
         causal=False if full_sequence else None,
     )
     errors = []
@@ -201,31 +203,31 @@ def training_step(
     return TrainingResult(torch.cat(errors).mean(), predictions)
 
 
-def drop_prompts(conditions: Conditions, empty: Conditions, drop: Tensor) -> Conditions:
-    """The conditions of an empty prompt (one row) where ``drop`` ``[N]`` is true.
+def drop_prompts(text: TextFeatures, empty: TextFeatures, drop: Tensor) -> TextFeatures:
+    """The features of an empty prompt (one row) where ``drop`` ``[N]`` is true.
 
-    The released models were trained with one in ten dropped.
+    The released models were trained with one prompt in ten dropped.
     """
     for name, x, own in (
-        ("text", empty.text, conditions.text),
-        ("pooled", empty.pooled, conditions.pooled),
+        ("text", empty.features, text.features),
+        ("pooled", empty.pooled, text.pooled),
     ):
         if x.shape[1:] != own.shape[1:]:
             expected, got = list(own.shape[1:]), list(x.shape[1:])
             raise ValueError(f"empty {name}: expected {expected} in a row, got {got}")
     mask = None
-    if conditions.text_mask is not None or empty.text_mask is not None:
-        mask = torch.where(drop[:, None], _text_mask(empty), _text_mask(conditions))
-    text = torch.where(drop[:, None, None], empty.text, conditions.text)
-    return Conditions(text, mask, torch.where(drop[:, None], empty.pooled, conditions.pooled))
+    if text.mask is not None or empty.mask is not None:
+        mask = torch.where(drop[:, None], _text_mask(empty), _text_mask(text))
+    features = torch.where(drop[:, None, None], empty.features, text.features)
+    return TextFeatures(features, mask, torch.where(drop[:, None], empty.pooled, text.pooled))
 
 
-def _text_mask(conditions: Conditions) -> Tensor:
-    """``[N, S]``; ones where there is no padding."""
-    if conditions.text_mask is not None:
-        return conditions.text_mask
-    text = conditions.text
-    return torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+def _text_mask(text: TextFeatures) -> Tensor:
+    """``[N, S]``, ones where there is no mask."""
+    if text.mask is not None:
+        return text.mask
+    features = text.features
+    return torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
 
 
 def column_tokens(height: int, width: int, stage: int, n_units: int, config: TrainingConfig) -> int:
@@ -243,10 +245,16 @@ def column_tokens(height: int, width: int, stage: int, n_units: int, config: Tra
 
 
 def balance(token_counts: Sequence[int], n_bins: int) -> list[list[int]]:
-    """Shares samples out so that the shares have about equally many tokens (Patch n' Pack).
+    """Divides samples into ``n_bins`` shares with about equally many tokens (Patch n' Pack).
 
-    Images, short and long videos at all stages may be mixed; each share is one packed sequence of
-    columns with one row. Returns the indices of the samples in each share, largest first.
+    Images, short and long videos of all stages may be mixed. Each share is one packed sequence of
+    columns with one row.
+
+    Returns:
+        The indices of the samples in each share, largest first.
+
+    Raises:
+        ValueError: less than one share.
     """
     if n_bins < 1:
         raise ValueError(f"n_bins: expected at least 1, got {n_bins}")
@@ -260,7 +268,7 @@ def balance(token_counts: Sequence[int], n_bins: int) -> list[list[int]]:
 
 
 def _pyramid(x: Tensor, n_levels: int, ops: Ops, noise: bool = False) -> list[Tensor]:
-    """Levels of ``x``, the lowest resolution first; those of noise keep its variance."""
+    """The levels of ``x``, lowest resolution first. With ``noise`` they keep its variance."""
     levels = [x]
     for _ in range(n_levels - 1):
         levels.insert(0, ops.downsample(levels[0], noise=noise))
@@ -268,7 +276,7 @@ def _pyramid(x: Tensor, n_levels: int, ops: Ops, noise: bool = False) -> list[Te
 
 
 def _time(scheduler: PyramidFlowScheduler, stage: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Timestep and sigma of a stage on its grid of training steps."""
+    """Timestep and sigma of a stage, on its grid of training steps."""
     timesteps = torch.as_tensor(scheduler.timesteps_per_stage[stage], device=uniform.device)
     sigmas = torch.as_tensor(scheduler.sigmas_per_stage[stage], device=uniform.device)
     index = (uniform * len(timesteps)).long().clamp(max=len(timesteps) - 1)

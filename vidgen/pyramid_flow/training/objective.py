@@ -1,12 +1,12 @@
-"""Pyramid Flow's loss on a batch of `vidgen train`.
+"""Connects Pyramid Flow's loss to `vidgen train`: how samples are read and made into columns.
 
-A sample is safetensors with ``latents`` [C, T, h, w], normalised (`normalize_latents`), T = 1 for
-an image, and ``prompt.text``, ``prompt.text_mask``, ``prompt.pooled`` of one prompt, as a file of
-features for `vidgen generate` has them. The same three of ``negative``, features of the empty
-prompt, take their place where a prompt is dropped.
+A sample is a safetensors file with ``latents`` [C, T, h, w], normalised (`normalize_latents`), and
+T = 1 for an image; and with ``prompt.text``, ``prompt.text_mask`` and ``prompt.pooled`` of one
+prompt, as in the files of features for `vidgen generate`. It may also have the same three of
+``negative``: the features of the empty prompt, used where a prompt is dropped.
 
-Each sample is a column with one row: samples of any sizes may be mixed. The sample at position p of
-the run has the place p modulo the number of columns in `TrainingConfig.stages`.
+Each sample is a column with one row, so that samples of any sizes may be mixed. The sample at
+position p of the run takes entry p of `TrainingConfig.stages`, modulo their number.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from ..model.config import PATCH
 from ..model.history import training_units
 from ..model.transformer import PyramidTransformer
 from ..sampling.scheduler import PyramidFlowScheduler
-from ..text import PARTS, read_features
+from ..text import PARTS, TextFeatures, read_features
 from .loss import (
-    Conditions,
     TrainingColumn,
     TrainingConfig,
     draw_column,
@@ -68,17 +67,20 @@ class PyramidFlowObjective(Objective):
     def forward(self, batch: Batch) -> Tensor:
         rows = zip(batch.samples, batch.positions, batch.generators, strict=True)
         columns = [self._column(x["latents"][None], place, g) for x, place, g in rows]
-        conditions = _conditions("prompt", batch.samples)
+        text = _features("prompt", batch.samples)
         if self.prompt_dropout:
             drop = batch.dropped(self.prompt_dropout)
-            conditions = drop_prompts(conditions, _conditions("negative", batch.samples), drop)
+            text = drop_prompts(text, _features("negative", batch.samples), drop)
         full = self.columns.full_sequence
         with self.autocast():
-            return training_step(self.model, columns, conditions, full_sequence=full).loss
+            return training_step(self.model, columns, text, full_sequence=full).loss
 
     def _column(self, latents: Tensor, position: int, generator: torch.Generator) -> TrainingColumn:
-        """Of one sample. Its length is that of `training_units`, with a step to every round of
-        columns: the released code has a round in each process."""
+        """The column of one sample.
+
+        Its length comes from `training_units`, where a step is one round through the stages. In
+        the released code each process has one round in a step.
+        """
         config = self.columns
         step, column = divmod(position, len(config.stages))
         stage, n_units = config.stages[column], 0
@@ -97,5 +99,5 @@ class PyramidFlowObjective(Objective):
         )
 
 
-def _conditions(name: str, samples: list[Sample]) -> Conditions:
-    return Conditions(*(torch.cat([x[f"{name}.{part}"] for x in samples]) for part in PARTS))
+def _features(name: str, samples: list[Sample]) -> TextFeatures:
+    return TextFeatures(*(torch.cat([x[f"{name}.{part}"] for x in samples]) for part in PARTS))

@@ -1,1 +1,1 @@
-"""Pixels to latents and back."""
+"""The causal video VAE: pixels to latents and back."""

@@ -1,4 +1,4 @@
-"""Sizes of the causal video VAE, read from the official config.json files."""
+"""The sizes of the causal video VAE, with the field names of the official config.json files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from vidgen.common.config_fields import check_fields
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of a `CausalVideoVAE`, named and preset as in config.json files.
+    """The sizes of a `CausalVideoVAE`, with the official names and defaults.
 
-    The decoder's levels run from the innermost to the outermost, its channels (as the encoder's)
-    from the outermost to the innermost.
+    Channels are listed from the outermost level to the innermost, for the decoder too. The
+    decoder's other lists go from the innermost to the outermost.
+
+    Raises:
+        ValueError: lists of different lengths, or values that do not fit each other.
     """
 
     encoder_in_channels: int = 3
@@ -64,11 +67,11 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
-        """A config.json; keys left out have the official defaults.
+        """From the contents of a config.json; missing keys have the official defaults.
 
         Raises:
-            ValueError: for a key that is not known, and for a known one whose value asks for
-                something that is not here (none of the released models does).
+            ValueError: an unknown key, or a value that is not supported. The released models have
+                neither.
         """
         sizes = {field.name for field in fields(cls)}
         for key, value in config.items():
@@ -95,18 +98,18 @@ class VAEConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels to a latent, in rows and in columns."""
+        """Pixels per latent, in rows and in columns."""
         return 2 ** sum(self.encoder_spatial_down_sample)
 
     @property
     def temporal_factor(self) -> int:
-        """Frames to a latent frame (after the first)."""
+        """Frames per latent frame, after the first."""
         return 2 ** sum(self.encoder_temporal_down_sample)
 
 
 RELEASED = VAEConfig(encoder_out_channels=16, decoder_in_channels=16)
 
-# Keys of config.json with one value only, in lists as well ...
+# Keys of config.json that are supported with one value only, which may be repeated in a list.
 FIXED = {
     "_class_name": "CausalVideoVAE",
     "add_post_quant_conv": True,
@@ -121,8 +124,8 @@ FIXED = {
     "encoder_type": "causal_vae_conv",
     "interpolate": False,
 }
-# ... and those that change nothing: latents are normalised by `latents.normalize_latents`, the
-# tile is an argument, `downsample_scale` must be what the levels say.
+# Keys that change nothing: latents are normalised by `latents.normalize_latents`, the size of tiles
+# is an argument, and `from_dict` checks that `downsample_scale` fits the levels.
 IRRELEVANT = {
     "_diffusers_version",
     "_name_or_path",

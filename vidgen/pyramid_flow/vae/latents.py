@@ -1,4 +1,7 @@
-"""Between the VAE and the transformer, normalised latents; between the VAE and files, pixels."""
+"""Normalisation of latents: the transformer works on normalised ones, the VAE does not.
+
+The pipeline and the golden cases normalise what the VAE encodes, and undo it before decoding.
+"""
 
 from typing import NamedTuple
 
@@ -13,7 +16,7 @@ class LatentStats(NamedTuple):
     video: tuple[float, float]
 
 
-# By the official name of the transformer that was trained on them.
+# By the official name of the transformer trained on such latents.
 LATENT_STATS = {
     "pyramid_flux": LatentStats(image=(-0.04, 1 / 1.8726), video=(-0.2343, 1 / 3.0986)),
     "pyramid_mmdit": LatentStats(image=(0.1490, 1 / 1.8415), video=(-0.2343, 1 / 3.0986)),
@@ -26,7 +29,11 @@ def normalize_latents(
     *,
     start: int = 0,
 ) -> Tensor:
-    """``(latents - shift) * scale``; the first one given is latent frame ``start`` of its video."""
+    """``(latents - shift) * scale``. The first frame given is latent frame ``start`` of its video.
+
+    Raises:
+        ValueError: a negative start.
+    """
     n_images = _n_images(start)
     (shift, scale), (video_shift, video_scale) = stats
     image = (latents[:, :, :n_images] - shift) * scale
@@ -40,7 +47,7 @@ def denormalize_latents(
     *,
     start: int = 0,
 ) -> Tensor:
-    """``latents / scale + shift``, which undoes `normalize_latents`."""
+    """``latents / scale + shift``, the inverse of `normalize_latents`, with the same errors."""
     n_images = _n_images(start)
     (shift, scale), (video_shift, video_scale) = stats
     image = latents[:, :, :n_images] / scale + shift

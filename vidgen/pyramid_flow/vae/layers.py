@@ -1,7 +1,8 @@
-"""The layers of the causal video VAE, all of them from ``[B, C, T, H, W]`` to the same.
+"""The layers of the causal video VAE, from which `vae` builds encoder and decoder.
 
-Convolutions see the past only, normalisation and attention one frame at a time. What a layer needs
-of earlier chunks of a video it finds in the `Stream`; without one, the input is a whole video.
+Inputs and outputs are ``[B, C, T, H, W]``. Convolutions see only the past; normalisation and
+attention work on each frame by itself. When a video is coded in chunks, a `Stream` holds what the
+convolutions need of earlier chunks. Without a stream the input is a whole video.
 """
 
 from itertools import pairwise, repeat
@@ -18,16 +19,15 @@ EPS = 1e-6
 
 
 class Stream:
-    """What the convolutions remember of one video between its chunks.
+    """The last inputs of every convolution, kept from one chunk of a video to the next.
 
-    One per video (and per spatial tile): handed to every call for a chunk of it, in order. Models
-    hold nothing of it, so any number of videos may be coded at the same time.
+    Each video, and each spatial tile of it, has a stream of its own, which is passed to the calls
+    for its chunks in order. The model keeps no state, so that several videos can be coded at once.
     """
 
     def __init__(self) -> None:
-        self.frames: dict[
-            nn.Module, Tensor
-        ] = {}  # a convolution's last inputs [B, C, 1 or 2, H, W]
+        # by convolution, [B, C, 1 or 2, H, W]
+        self.frames: dict[nn.Module, Tensor] = {}
 
 
 class FrameGroupNorm(nn.GroupNorm):
@@ -39,10 +39,10 @@ class FrameGroupNorm(nn.GroupNorm):
 
 
 class CausalConv3d(nn.Module):
-    """3 x 3 x 3 convolution whose last tap in time is the present; 1 x 1 x 1 is the plain one.
+    """3 x 3 x 3 convolution that sees the current and the two previous frames; or a 1 x 1 x 1 one.
 
-    In time the input begins with the frames that the stream remembers: the windows of the next
-    chunk start ``kernel - stride`` frames before it. A video begins with zeros.
+    The input is preceded in time by the last ``kernel - stride`` frames of the chunk before, from
+    the stream, and at the start of a video by ``kernel - 1`` frames of zeros.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class CausalConv3d(nn.Module):
         stream: Stream | None = None,
         norm: FrameGroupNorm | None = None,
     ) -> Tensor:
-        """``conv(x)``, or ``conv(silu(norm(x)))``: written at once where the convolution reads."""
+        """``conv(x)``, or with a norm ``conv(silu(norm(x)))``."""
         if not self.n_past:
             return self.conv(x)
         past = None if stream is None else stream.frames.get(self)
         weight = self.conv.weight
-        if past is None and x.shape[2] == 1:  # an image: all but the last tap see zeros
+        if past is None and x.shape[2] == 1:  # an image: only the last tap sees more than zeros
             x = x if norm is None else F.silu(norm(x))
             weight = weight[:, :, -1:]
         else:
@@ -84,12 +84,12 @@ class CausalConv3d(nn.Module):
 
 
 def _append(past: Tensor, x: Tensor, norm: FrameGroupNorm | None) -> Tensor:
-    """``x``, or ``silu(norm(x))``, behind the past in time."""
+    """``x``, or with a norm ``silu(norm(x))``, appended to the past in time."""
     if norm is None:
         return torch.cat([past, x], dim=2)
     if torch.is_grad_enabled():
         return torch.cat([past, F.silu(norm(x))], dim=2)
-    # Frame by frame: besides x and the result, nothing here is larger than a frame.
+    # Frame by frame, so that beside x and the result nothing is larger than a frame.
     n = past.shape[2]
     out = x.new_empty(*x.shape[:2], n + x.shape[2], *x.shape[3:])
     out[:, :, :n] = past
@@ -130,7 +130,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns, or half the frames after the first, by the stride."""
+    """Halves rows and columns, or the frames after the first, by the convolution's stride."""
 
     def __init__(self, channels: int, stride: tuple[int, int, int]) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Downsample(nn.Module):
 
 
 class SpatialUpsample(nn.Module):
-    """Twice the rows and columns; the convolution's channels are (channel, row, column)."""
+    """Doubles rows and columns. The convolution's channels are (channel, row, column)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class SpatialUpsample(nn.Module):
 
 
 class TemporalUpsample(nn.Module):
-    """Twice the frames after the first; the convolution's channels are (channel, frame)."""
+    """Doubles the frames after the first. The convolution's channels are (channel, frame)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""A video coded part by part in space: overlapping square tiles, blended where they overlap.
+"""Encoding and decoding in overlapping square tiles, which saves memory. `vae` calls it.
 
-Each tile is normalised, attended and padded by itself, so that the result is not that of the whole
-frame. Of a tile's result, all but the last ``blend`` rows and columns are kept; its first ones are
-a mixture with the last ones of the tile above, then of the tile to the left, both blended before::
+Norms, attention and padding see one tile at a time, so the result differs a little from that of
+whole frames. Where tiles overlap they are blended. All but the last ``blend`` rows and columns of
+a tile's result are kept. Its first ``blend`` rows are mixed with the last rows of the tile above,
+then its first columns with the last columns of the tile to the left, both already blended::
 
     result[y] = (1 - y / blend) * neighbour[end - blend + y] + (y / blend) * tile[y]
 """
@@ -17,8 +18,7 @@ from torch import Tensor
 
 
 class Tiling(NamedTuple):
-    """Lengths along rows and columns: ``size`` and ``stride`` of what is coded, the others of
-    what comes out."""
+    """Lengths along rows and columns: the first two of the input, the others of the output."""
 
     size: int
     stride: int
@@ -27,13 +27,17 @@ class Tiling(NamedTuple):
 
 
 def encode_tiling(tile: int, factor: int) -> Tiling:
-    """Tiles of ``tile`` pixels, a quarter of them shared with the next one."""
+    """Tiles of ``tile`` pixels a side, a quarter of which overlaps with the next tile.
+
+    Raises:
+        ValueError: a tile that is no multiple of ``4 * factor`` pixels.
+    """
     latents = _latents(tile, factor)
     return Tiling(size=tile, stride=tile * 3 // 4, blend=latents // 4, keep=latents * 3 // 4)
 
 
 def decode_tiling(tile: int, factor: int) -> Tiling:
-    """The same tiles, from latents to pixels."""
+    """The same tiles, from latents to pixels. Errors: as for `encode_tiling`."""
     latents = _latents(tile, factor)
     return Tiling(size=latents, stride=latents * 3 // 4, blend=tile // 4, keep=tile * 3 // 4)
 
@@ -49,9 +53,10 @@ def run_tiled(
     tiling: Tiling | None,
     code: Callable[[Tensor, tuple[int, int]], Tensor],
 ) -> Tensor:
-    """``code(tile, (row, column))`` of every tile of ``x``, put together; of ``x`` if it fits one.
+    """Applies ``code(tile, (row, column))`` to every tile of ``x`` and puts the results together.
 
-    Besides the result, it holds one tile and the edges of its neighbours.
+    If ``x`` fits into one tile, that is ``x`` itself. Besides the result, only one tile and the
+    edges of its neighbours are in memory.
     """
     height, width = x.shape[-2:]
     if tiling is None or max(height, width) <= tiling.size:
@@ -79,7 +84,7 @@ def run_tiled(
 
 
 def _blend(before: Tensor, tile: Tensor, dim: int) -> None:
-    """Mixes the first rows (dim -2) or columns (-1) of a tile, in place, with its neighbour's."""
+    """Mixes a tile's first rows (dim -2) or columns (-1), in place, with the last of ``before``."""
     n = min(before.shape[dim], tile.shape[dim])
     before = before.narrow(dim, before.shape[dim] - n, n)
     first = tile.narrow(dim, 0, n)

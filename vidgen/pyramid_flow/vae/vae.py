@@ -1,9 +1,9 @@
 """The causal video VAE of Pyramid Flow: 8 x 8 pixels and 8 frames to one latent of 16 channels.
 
 Frame 0 is coded alone (an image is a video of one frame), every 8 later frames give one latent
-frame: ``F = 1 + 8 (T - 1)``. Convolutions see the past only, normalisation and attention one frame
-at a time, so a video may be coded in chunks of time: `Stream` holds what the convolutions remember
-of a video between two chunks, and the result is that of one call up to rounding.
+frame: ``F = 1 + 8 (T - 1)``. Convolutions see only the past; normalisation and attention work on
+each frame by itself. So a video can be coded in chunks of time, with the same result up to
+rounding. The pipeline encodes given frames with it and decodes what the sampler makes.
 
 Shapes: B batch, C channels, F pixel frames, T frames of a layer or of the latent, H x W pixels.
 Module names are those of the released checkpoints (`CausalVideoVAE` of jy0205/Pyramid-Flow);
@@ -32,10 +32,10 @@ Coder = Callable[[Tensor, Stream | None], Tensor]
 class CausalVideoVAE(nn.Module):
     """Encoder and decoder between video in [-1, 1] and latents (not normalised: see `latents`).
 
-    Options of its methods: ``window``, to go through time in chunks of so many frames (encoding)
-    or latent frames (decoding), which is exact; ``tile``, to go through space in overlapping
-    squares of so many pixels, which is not, since each is normalised by itself. The official
-    pipeline decodes in tiles of 256 pixels and windows of 1 to save memory, else 512 and 2.
+    Two options of its methods save memory. With ``window`` time is coded in chunks of so many
+    frames (encoding) or latent frames (decoding), which is exact. With ``tile`` space is coded in
+    overlapping squares of so many pixels, which changes the result a little (see `tiling`). The
+    official pipeline decodes in tiles of 512 pixels and windows of 2, or 256 and 1 to save memory.
     """
 
     def __init__(self, config: VAEConfig = RELEASED) -> None:
@@ -49,7 +49,7 @@ class CausalVideoVAE(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CausalVideoVAE:
-        """A model of the sizes that a config.json says, not trained; see `VAEConfig.from_dict`."""
+        """The model of a config.json, freshly initialised. Errors: as for `VAEConfig.from_dict`."""
         return cls(VAEConfig.from_dict(config))
 
     def encode(
@@ -59,14 +59,14 @@ class CausalVideoVAE(nn.Module):
 
         Args:
             video: ``[B, 3, 1 + 8 k, H, W]``.
-            window: frames to a chunk, a multiple of 8; the first chunk has one more.
-            tile: pixels to a tile's side, a multiple of 32; only frames larger than it are tiled.
+            window: frames per chunk, a multiple of 8; the first chunk has one more.
+            tile: side of a tile in pixels, a multiple of 32; smaller frames are not tiled.
 
         Returns:
             A `Posterior` over latents ``[B, C, 1 + k, H / 8, W / 8]`` (rounded up).
 
         Raises:
-            ValueError: for other shapes, frame counts, windows and tiles.
+            ValueError: other shapes, frame counts, windows or tiles.
         """
         self._check_video(video)
         window = None if window is None else self._check_encode_window(window)
@@ -75,13 +75,13 @@ class CausalVideoVAE(nn.Module):
     def encode_chunks(
         self, video: Tensor | Iterable[Tensor], *, window: int = 16, tile: int | None = None
     ) -> Iterator[Posterior]:
-        """`encode`, chunk after chunk, in memory that does not depend on the video's length.
+        """`encode` one chunk after another, in memory independent of the video's length.
 
         Args:
-            video: as for `encode`; or its chunks, each as it comes: ``1 + 8 k`` frames, then any
+            video: as for `encode`; or an iterable of its chunks: ``1 + 8 k`` frames, then any
                 multiples of 8.
-            window: frames to a chunk where ``video`` is not chunks already.
-            tile: as for `encode`; what the convolutions remember of all tiles is held at once.
+            window: frames per chunk, unless ``video`` is in chunks already.
+            tile: as for `encode`; the streams of all tiles are in memory at once.
 
         Yields:
             The `Posterior` of each chunk.
@@ -97,14 +97,14 @@ class CausalVideoVAE(nn.Module):
 
         Args:
             latents: ``[B, C, T, h, w]``.
-            window: latent frames to a chunk; the first chunk has one more.
-            tile: pixels to a tile's side, a multiple of 32; only frames larger than it are tiled.
+            window: latent frames per chunk; the first chunk has one more.
+            tile: side of a tile in pixels, a multiple of 32; smaller frames are not tiled.
 
         Returns:
             ``[B, 3, 1 + 8 (T - 1), 8 h, 8 w]``.
 
         Raises:
-            ValueError: for other shapes, windows and tiles.
+            ValueError: other shapes, windows or tiles.
         """
         self._check_latents(latents)
         window = None if window is None else _check_window(window, multiple=1)
@@ -113,16 +113,16 @@ class CausalVideoVAE(nn.Module):
     def decode_chunks(
         self, latents: Tensor | Iterable[Tensor], *, window: int = 2, tile: int | None = None
     ) -> Iterator[Tensor]:
-        """`decode`, chunk after chunk, in memory that does not depend on the video's length.
+        """`decode` one chunk after another, in memory independent of the video's length.
 
         Args:
-            latents: as for `decode`; or chunks of any number of latent frames, each as it comes,
-                for example from a sampler that is still at work on the next one.
-            window: latent frames to a chunk where ``latents`` is not chunks already.
-            tile: as for `decode`; what the convolutions remember of all tiles is held at once.
+            latents: as for `decode`; or an iterable of chunks of any number of latent frames, for
+                example from a sampler that has not made the next one yet.
+            window: latent frames per chunk, unless ``latents`` is in chunks already.
+            tile: as for `decode`; the streams of all tiles are in memory at once.
 
         Yields:
-            The frames of each chunk: 8 for a latent frame, 1 for the video's first.
+            The frames of each chunk: 8 for each latent frame, 1 for the first of the video.
         """
         tiling = self._decode_tiling(tile)
         chunks = _chunks(latents, _check_window(window, multiple=1), self._check_latents)
@@ -170,7 +170,7 @@ def _check_window(window: int, multiple: int) -> int:
 def _chunks(
     x: Tensor | Iterable[Tensor], window: int, check: Callable[[Tensor, bool], None]
 ) -> Iterator[Tensor]:
-    """``x`` in chunks of ``window`` frames, the first of one more, or the chunks that it is."""
+    """A tensor in chunks of ``window`` frames, the first with one more; or the chunks given."""
     if isinstance(x, Tensor):
         check(x, True)
         return _split(x, window)
@@ -197,7 +197,7 @@ def _checked(chunks: Iterable[Tensor], check: Callable[[Tensor, bool], None]) ->
 
 
 def _code_whole(code: Coder, x: Tensor, window: int | None, tiling: Tiling | None) -> Tensor:
-    """All chunks of a tile before the next tile: it remembers one tile's past at a time."""
+    """Codes all chunks of a tile before the next tile, with one stream in memory at a time."""
 
     def code_tile(tile: Tensor, _: tuple[int, int]) -> Tensor:
         if window is None:
@@ -209,7 +209,7 @@ def _code_whole(code: Coder, x: Tensor, window: int | None, tiling: Tiling | Non
 
 
 def _code_chunks(code: Coder, chunks: Iterable[Tensor], tiling: Tiling | None) -> Iterator[Tensor]:
-    """All tiles of a chunk before the next chunk: nothing it holds grows with time."""
+    """Codes all tiles of a chunk before the next chunk, so that memory does not grow with time."""
     streams: dict[tuple[int, int], Stream] = defaultdict(Stream)
     for chunk in chunks:
         yield run_tiled(chunk, tiling, lambda tile, place: code(tile, streams[place]))

@@ -1,4 +1,4 @@
-"""Official checkpoints of the VAE: state dicts by key, nothing missing and nothing left over."""
+"""Loads the VAE from official checkpoints, whose keys must fit exactly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .vae import CausalVideoVAE
 def load_vae(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> CausalVideoVAE:
     """The VAE of a config.json with the weights of a checkpoint, in their dtype.
 
-    Of a training checkpoint, ``read_state_dict(path, within="model")``, the keys that begin with
-    ``vae.`` are taken, and those of its losses left out. Errors: `load_exactly`.
+    Of a training checkpoint, ``read_state_dict(path, within="model")``, only the keys that begin
+    with ``vae.`` are used. Errors: as for `load_exactly`.
     """
     with torch.device("meta"):
         model = CausalVideoVAE.from_config(config)
