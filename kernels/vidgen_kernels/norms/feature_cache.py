@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common.front_door import DTYPES, check_number, check_tensor, is_int_or_symbol
-from .residual_norm import NORMS, Cached, Modulation, check_like, run
+from .arguments import Modulation, check_like, check_norm
+from .residual_norm import Cached, run
 
 WINDOW = 6
 
@@ -112,8 +113,7 @@ def segment(
         ValueError: shapes, dtypes, devices or values that do not fit.
         NotImplementedError: double backward, forward-mode derivatives.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    check_norm(norm)
     check_tensor("x", x)
     cached = None
     if _check_count(n, total, older) > 1:
