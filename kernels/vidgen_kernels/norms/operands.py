@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def flat(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """``function``, whose argument is a NamedTuple, as a function of the fields of it."""
+    """``function(args)``, where ``args`` is a NamedTuple, as a function of its fields."""
     signature = inspect.signature(function)
     (parameter,) = signature.parameters.values()
     operands = parameter.annotation

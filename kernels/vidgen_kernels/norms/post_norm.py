@@ -92,7 +92,7 @@ def _post_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _post_norm_bwd_kernel(
-    do_rows, f_rows, stats_ptr, gate_rows, weight_ptr, bias_ptr, df_ptr, dgate_ptr,
+    do_rows, f_rows, gate_rows, stats_ptr, weight_ptr, bias_ptr, df_ptr, dgate_ptr,
     partials_ptr,  # [programs, 2, D]: sums of dn and dn * xhat
     n_batch, n_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
@@ -163,7 +163,7 @@ def _launch_bwd(args: Backward) -> tuple[Tensor, Tensor, Tensor]:
     partials = None if sums is None else sums.new_empty(n_batch, n_parts, 2, n_cols)
     if n_batch * n_parts:
         _post_norm_bwd_kernel[(n_batch * n_parts,)](
-            rows_of(do), rows_of(f), args.stats, rows_of(args.gate), args.weight, args.bias,
+            *map(rows_of, (do, f, args.gate)), args.stats, args.weight, args.bias,
             df, dgate, partials, n_batch, n_tokens,
             IS_RMS=args.norm == "rms", PER_TOKEN=is_per_token(args.gate),
             **constants(n_cols, torch.promote_types(args.do.dtype, f.dtype), config),

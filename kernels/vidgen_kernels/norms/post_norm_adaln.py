@@ -1,8 +1,8 @@
 """Gated residual around a norm, and the adaptive norm that reads it: forward, backward.
 
-    n   = LN(f) * weight + bias               what is None is left out
+    n   = LN(f) * weight + bias               gate, weight and bias may be absent
     out = x + gate * n                        rounded to the dtype of x before the norm reads it
-    a   = LN(out) * (1 + scale) + shift       no weights
+    a   = LN(out) * (1 + scale) + shift
 
     dshift = da,   dscale = da * xhat_out
     dout'  = dout + rstd_out * (d - mean(d) - xhat_out * mean(d * xhat_out)),  d = da * (1 + scale)
@@ -10,11 +10,12 @@
     df     = rstd_f * (d - mean(d) - xhat_f * mean(d * xhat_f)),  d = dn * weight
     dweight = sum of dn * xhat_f,   dbias = sum of dn
 
-Shapes: x, f, gate, scale, shift, out, a [B, T, D], the vectors expanded views where tokens share
-them; weight, bias [D].
+Shapes: x, f, gate, scale, shift, out, a [B, T, D]; weight, bias [D]. A gate, scale or shift that
+tokens share is an expanded view.
 
-A program owns consecutive rows of one batch row, and writes its sums of dn and dn * xhat once;
-PyTorch adds them: no atomics. Saved are f, out, and the mean and rstd of their rows.
+A program owns consecutive rows of one batch row. It writes its sums of dn and dn * xhat_f once, and
+PyTorch adds them, without atomics. Saved for backward are f, out, and the mean and rstd of the rows
+of both.
 
 NOVA (arXiv 2412.14169): the denoising MLP, from the layers of one block to those of the next.
 """
@@ -256,13 +257,13 @@ def post_norm_adaln(
     Args:
         x, f: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim.
         gate, scale, shift: [D], [B, D], [B, 1, D], or [B, T, D] for a vector per token; any
-            floating dtype, read in place. Gradients are made per token, and then summed.
+            floating dtype, read in place. Their gradients are computed per token, then summed.
         weight, bias: any floating dtype.
         eps, next_eps: added to the variance of f, and of out.
 
     Returns:
         out: a new contiguous tensor in the dtype of x, rounded to it before the norm reads it.
-        a: in the dtype of x, or that which autocast asks for.
+        a: in the dtype of x, or the one that autocast asks for.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.

@@ -30,7 +30,7 @@ one. Feature cache and gate: RepVideo (arXiv 2501.08994). Vectors of the text: C
 (2408.06072).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -94,7 +94,7 @@ def _rows_of_program(pid, n_tokens, text_length, ROWS: tl.constexpr, TILES: tl.c
 
 @triton.jit
 def _load_vector(vectors, default, is_text, at, ACC: tl.constexpr):
-    """Of a gate, scale or shift, what is for the program's modality; ``default`` if it is absent.
+    """The gate, scale or shift of the program's modality, ``default`` if there is none.
 
     [1, BLOCK_D], or [ROWS, BLOCK_D] with a vector for each token.
     """
@@ -139,7 +139,7 @@ def _residual_norm_fwd_kernel(
 
     weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
     bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
-    if not PER_TOKEN:  # weight and bias take in the scale and shift that all rows share
+    if not PER_TOKEN:  # scale and shift, which all rows share, are folded into weight and bias
         shared = (batch, tl.zeros([1, 1], tl.int32), cols, is_col)
         gate = _load_vector(gates, 1.0, is_text, shared, ACC)
         factor = 1 + _load_vector(scales, 0.0, is_text, shared, ACC)
@@ -195,8 +195,9 @@ def _residual_norm_bwd_kernel(
 ):  # fmt: skip
     """Without a cache ``y_rows`` is h, which equals y.
 
-    With PER_TOKEN dgate and dscale are written row by row, and the sums of da take in the factor
-    1 + scale, as dweight and dbias need it. Else they leave it out, as dscale and dshift need it.
+    With PER_TOKEN, dgate and dscale are written row by row, and the sums of da, from which dweight
+    and dbias follow, include the factor 1 + scale. Without it they do not, and dscale and dshift
+    follow from them as well.
     """
     pid = tl.program_id(0)
     batch, is_text, first, end = _rows_of_program(  # pyright: ignore
@@ -381,7 +382,7 @@ def _backward(ctx, dh, da, dtotal, dy, _):
     dh, da, dtotal, dy = (g if g is None else none_if_absent(g) for g in (dh, da, dtotal, dy))
     y, stats, f, cache_gate, weight, bias, *rest = ctx.saved_tensors
     gate, scale, shift, entries = ([rest.pop(0) for _ in range(n)] for n in ctx.n_saved)
-    need = Forward._make(ctx.needs_input_grad)
+    need: Any = Forward._make(ctx.needs_input_grad)  # of bools
     need_scale, need_weights = any(need.scale), need.weight or need.bias
     is_per_token = has_vector_per_token([*gate, *scale, *shift])
     need_vectors = not is_per_token and (need_scale or any(need.shift))
@@ -461,7 +462,7 @@ refuse_double_backward(backward_op)
 
 
 class Cached(NamedTuple):
-    """What `run` needs to know of a feature cache."""
+    """The feature cache's part of the arguments of `run`."""
 
     gate: Tensor | None  # one element; None without a cache
     n_entries: int  # at least 2 with a cache, else 1
@@ -483,7 +484,7 @@ def run(
     eps: float = 0.0,
     cached: Cached | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Checks the arguments, except for ``norm`` and ``cached``, and runs the operator.
+    """Runs the operator, after checks of all arguments but ``norm`` and ``cached``.
 
     Returns:
         h.
