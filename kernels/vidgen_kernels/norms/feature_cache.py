@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common.front_door import DTYPES, check_number, check_tensor, is_int_or_symbol
 from .arguments import Modulation, check_like, check_norm
-from .residual_norm import Cached, run
+from .residual_norm import NOT_CACHED, Cached, run
 
 WINDOW = 6
 
@@ -118,7 +118,7 @@ def segment(
     """
     check_norm(norm)
     check_tensor("x", x)
-    cached = None
+    cached = NOT_CACHED
     if _check_count(n, total, older) > 1:
         cached = _cached("x", x, total, cache_gate, n, older, keep_sum, sum_dtype)
     own = Modulation(gate, scale, shift)

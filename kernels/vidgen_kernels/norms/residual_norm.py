@@ -30,6 +30,7 @@ one. Feature cache and gate: RepVideo (arXiv 2501.08994). Vectors of the text: C
 (2408.06072).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -358,9 +359,9 @@ backward_op = define_op(
 
 def _setup_context(ctx, inputs, output) -> None:
     args = Forward._make(inputs)
-    h, _, _, y, stats = map(none_if_absent, output)
+    h, _, _, y, stats = output
     y = args.x if args.f is None else h if args.cache_gate is None else y
-    if y is None:
+    if none_if_absent(y) is None:
         raise RuntimeError(
             "residual_norm_fwd: traced without gradients, it keeps nothing for a backward;"
             " trace it with inputs that require them"
@@ -373,8 +374,10 @@ def _setup_context(ctx, inputs, output) -> None:
     groups = args.gate, args.scale, args.shift, args.older or args.entries
     ctx.n_saved = [len(group) for group in groups]
     vectors = (v for group in groups for v in group)
-    ctx.save_for_backward(y, stats, f, args.cache_gate, args.weight, args.bias, *vectors)
-    ctx.mark_non_differentiable(output[4])
+    ctx.save_for_backward(
+        y, none_if_absent(stats), f, args.cache_gate, args.weight, args.bias, *vectors
+    )
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
@@ -464,12 +467,15 @@ refuse_double_backward(backward_op)
 class Cached(NamedTuple):
     """The feature cache's part of the arguments of `run`."""
 
-    gate: Tensor | None  # one element; None without a cache
-    n_entries: int  # at least 2 with a cache, else 1
-    entries: list[Tensor]
-    older: list[Tensor]
-    sum_dtype: torch.dtype
-    keep_total: bool
+    gate: Tensor | None = None  # one element; None without a cache
+    n_entries: int = 1  # at least 2 with a cache
+    entries: Sequence[Tensor] = ()
+    older: Sequence[Tensor] = ()
+    sum_dtype: torch.dtype = torch.float32
+    keep_total: bool = False
+
+
+NOT_CACHED = Cached()
 
 
 def run(
@@ -482,7 +488,7 @@ def run(
     bias: Tensor | None = None,
     norm: str = "",
     eps: float = 0.0,
-    cached: Cached | None = None,
+    cached: Cached = NOT_CACHED,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Runs the operator, after checks of all arguments but ``norm`` and ``cached``.
 
@@ -502,7 +508,6 @@ def run(
         check_eps(eps)
     check_text(text, text_length, x.shape[1])
     gate, scale, shift = modulation_vectors(own, text, text_length, x)
-    cached = cached or Cached(None, 1, [], [], x.dtype, False)
     tensors = x, f, weight, bias, *gate, *scale, *shift, cached.gate, *cached.entries
     refuse_tangents(*tensors)
     keep_y = False

@@ -17,13 +17,13 @@ from .arguments import has_vector_per_token
 from .operands import absent, accumulator, none_if_absent
 from .residual_norm_operands import Backward, Forward, empty_bwd, empty_fwd
 from .rows_portable import (
-    chunks,
     fill_stats,
     is_small,
     layer_norm_backward,
     normalize,
     normalize_again,
     rms_norm_backward,
+    rows_per_chunk,
     small_layer_norm,
     stack_stats,
 )
@@ -124,10 +124,13 @@ class _Chunk(NamedTuple):
 
 def _chunks(x: Tensor, text_length: int) -> Iterator[_Chunk]:
     n_batch, n_tokens, n_cols = x.shape
+    step = rows_per_chunk(n_cols)
     for batch in range(n_batch):
         for modality, first, end in ((1, 0, text_length), (0, text_length, n_tokens)):
-            for rows in chunks(first, end, n_cols):
-                yield _Chunk(batch, modality, rows, slice(rows.start - first, rows.stop - first))
+            for start in range(first, end, step):
+                stop = min(start + step, end)
+                tokens = slice(start - first, stop - first)
+                yield _Chunk(batch, modality, slice(start, stop), tokens)
 
 
 def _forward_by_chunks(

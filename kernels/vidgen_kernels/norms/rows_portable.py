@@ -24,19 +24,17 @@ def is_small(x: Tensor, *others: Tensor | None) -> bool:
     return all([v is None or v.dtype == dtype for v in others])
 
 
-def chunks(first: int, end: int, n_cols: int) -> Iterator[slice]:
-    """The rows from ``first`` to ``end`` in slices that stay in the cache."""
-    step = max(1, CHUNK_ELEMENTS // n_cols)
-    for start in range(first, end, step):
-        yield slice(start, min(start + step, end))
+def rows_per_chunk(n_cols: int) -> int:
+    return max(1, CHUNK_ELEMENTS // n_cols)
 
 
 def chunks_of_rows(x: Tensor) -> Iterator[tuple[int, slice]]:
     """Each batch row of ``x`` [B, T, D] and the slices of its rows."""
     n_batch, n_tokens, n_cols = x.shape
+    step = rows_per_chunk(n_cols)
     for batch in range(n_batch):
-        for rows in chunks(0, n_tokens, n_cols):
-            yield batch, rows
+        for start in range(0, n_tokens, step):
+            yield batch, slice(start, min(start + step, n_tokens))
 
 
 def normalize(
