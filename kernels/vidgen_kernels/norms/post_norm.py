@@ -47,10 +47,10 @@ from .rows import (
     SIZES,
     constants,
     contiguous_rows,
+    count_programs,
     load_columns,
     load_rows,
     load_stats,
-    n_chunks,
     rows_of,
     rows_of_program,
     store_rows,
@@ -141,7 +141,7 @@ def _launch_fwd(args: Forward) -> tuple[Tensor, Tensor]:
     x, f = args.x, args.f
     n_batch, n_tokens, n_cols = x.shape
     config = lookup("post_norm_fwd", n_cols, architecture(x))
-    n_programs = n_batch * n_chunks(n_tokens, config)
+    n_programs = n_batch * count_programs(n_tokens, config)
     if n_programs:
         _post_norm_fwd_kernel[(n_programs,)](
             *map(rows_of, (x, f, args.gate)), args.weight, args.bias, out, stats,
@@ -159,7 +159,7 @@ def _launch_bwd(args: Backward) -> tuple[Tensor, Tensor, Tensor]:
     do, f = contiguous_rows(args.do), args.f
     n_batch, n_tokens, n_cols = f.shape
     config = lookup("post_norm_bwd", n_cols, architecture(f))
-    n_parts = n_chunks(n_tokens, config)
+    n_parts = count_programs(n_tokens, config)
     partials = None if sums is None else sums.new_empty(n_batch, n_parts, 2, n_cols)
     if n_batch * n_parts:
         _post_norm_bwd_kernel[(n_batch * n_parts,)](

@@ -45,10 +45,10 @@ from .rows import (
     SIZES,
     constants,
     contiguous_rows,
+    count_programs,
     load_columns,
     load_rows,
     load_stats,
-    n_chunks,
     rows_of,
     rows_of_program,
     store_rows,
@@ -153,7 +153,7 @@ def _launch_fwd(args: Forward) -> tuple[Tensor, Tensor, Tensor]:
     x, f = args.x, args.f
     n_batch, n_tokens, n_cols = x.shape
     config = lookup("post_norm_adaln_fwd", n_cols, architecture(x))
-    n_programs = n_batch * n_chunks(n_tokens, config)
+    n_programs = n_batch * count_programs(n_tokens, config)
     if n_programs:
         _post_norm_adaln_fwd_kernel[(n_programs,)](
             *map(rows_of, (x, f, args.gate, args.scale, args.shift)), args.weight, args.bias,
@@ -170,7 +170,7 @@ def _launch_bwd(args: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     out, f = args.out, args.f
     n_batch, n_tokens, n_cols = f.shape
     config = lookup("post_norm_adaln_bwd", n_cols, architecture(f))
-    n_programs = n_batch * n_chunks(n_tokens, config)
+    n_programs = n_batch * count_programs(n_tokens, config)
     partials = None if sums is None else sums.new_empty(n_programs, 2, n_cols)
     if n_programs:
         dout, da = contiguous_rows(args.dout), contiguous_rows(args.da)

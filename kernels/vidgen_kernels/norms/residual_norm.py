@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.configs import RowConfig
 from ..common.front_door import autocast_dtype, refuse_tangents
 from ..common.jit import normalize_backward, statistics
 from ..common.launch import architecture
@@ -60,10 +61,10 @@ from .residual_norm_operands import Backward, Forward, empty_bwd, empty_fwd, wid
 from .rows import (
     constants,
     contiguous_rows,
+    count_programs,
     load_columns,
     load_rows,
     load_stats,
-    n_chunks,
     rows_of,
     store_rows,
     store_stats,
@@ -286,7 +287,7 @@ def _launch_fwd(args: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     results = empty_fwd(args)
     n_batch, n_tokens, n_cols = args.x.shape
     config = lookup("residual_norm_fwd", n_cols, architecture(args.x))
-    n_programs = n_batch * sum(_chunks_by_modality(args, n_tokens, config))
+    n_programs = n_batch * sum(_programs_of_modalities(args.text_length, n_tokens, config))
     if n_programs:
         _residual_norm_fwd_kernel[(n_programs,)](
             rows_of(args.x), rows_of(args.f), _all_rows(args.entries), args.cache_gate,
@@ -309,7 +310,7 @@ def _launch_bwd(
     y = args.y
     n_batch, n_tokens, n_cols = y.shape
     config = lookup("residual_norm_bwd", n_cols, architecture(y))
-    n_text, n_video = _chunks_by_modality(args, n_tokens, config)
+    n_text, n_video = _programs_of_modalities(args.text_length, n_tokens, config)
     n_programs = n_batch * (n_text + n_video)
     partials, partials_of_gate = None, None
     if sums is not None:
@@ -339,10 +340,9 @@ def _launch_bwd(
     return results
 
 
-def _chunks_by_modality(args: Forward | Backward, n_tokens: int, config) -> tuple[int, int]:
-    """Programs that a batch row takes, for its text and for its other tokens."""
-    n_text = args.text_length
-    return n_chunks(n_text, config), n_chunks(n_tokens - n_text, config)
+def _programs_of_modalities(n_text: int, n_tokens: int, config: RowConfig) -> tuple[int, int]:
+    """How many programs a batch row takes, for its text and for its other tokens."""
+    return count_programs(n_text, config), count_programs(n_tokens - n_text, config)
 
 
 def _all_rows(tensors: list[Tensor]) -> tuple:

@@ -79,10 +79,12 @@ Rows = tuple[Tensor, int, int]
 
 
 def rows_of(x: Tensor | None) -> Rows | None:
-    """``x`` [B or 1, T or 1, D] as a kernel takes it; a stride of 0 repeats what is there once."""
+    """``x`` [B or 1, T or 1, D] as a kernel takes it; a stride of 0 repeats a single row."""
     if x is None:
         return None
-    return x, x.stride(0) if len(x) > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0
+    n_batch, n_tokens, _ = x.shape
+    stride_batch, stride_token, _ = x.stride()
+    return x, stride_batch if n_batch > 1 else 0, stride_token if n_tokens > 1 else 0
 
 
 def contiguous_rows(x: Tensor | None) -> Tensor | None:
@@ -90,8 +92,8 @@ def contiguous_rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def n_chunks(n_tokens: int, config: RowConfig) -> int:
-    """How many programs the rows of a batch row take."""
+def count_programs(n_tokens: int, config: RowConfig) -> int:
+    """How many programs ``n_tokens`` rows of a batch row take."""
     return -(-n_tokens // (config.rows * config.tiles))
 
 
