@@ -8,9 +8,10 @@ from .feature_cache import CacheWindow, FeatureCache
 from .latents.pyramid import block_noise, downsample, renoise_coefficients, upsample_renoise
 from .latents.sampler import ddim_step, dpm_step, euler_step
 from .latents.training_pair import TrainingPair, training_pair
+from .norms.arguments import Modulation
 from .norms.post_norm import post_norm_residual
 from .norms.post_norm_adaln import post_norm_adaln
-from .norms.residual_norm import Modulation, residual_norm
+from .norms.residual_norm import residual_norm
 from .rope.qk_norm_rope import QKVStream, qk_norm_rope
 
 __all__ = [

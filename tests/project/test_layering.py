@@ -140,12 +140,25 @@ def test_kernels_need_torch_and_triton_only(file: str) -> None:
     assert is_in(file, families("integrations")) or foreign(file) <= {"torch", "triton"}
 
 
-MEANING = ("front_door", "intervals", "mask_inputs", "reference", "runs", "tokens")
+MEANING = (
+    "arguments",
+    "front_door",
+    "intervals",
+    "mask_inputs",
+    "operands",
+    "reference",
+    "runs",
+    "tokens",
+)
 
 
 @pytest.mark.parametrize(
     "file",
-    [f for f in below("vidgen_kernels") if f.split(".")[-1] in MEANING or "portable" in f],
+    [
+        f
+        for f in below("vidgen_kernels")
+        if f.split(".")[-1] in MEANING or "portable" in f or f.endswith("_operands")
+    ],
 )
 def test_meaning_and_portable_forms_do_not_depend_on_triton(file: str) -> None:
     reached, todo = set(), [file]

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from ..attention.interval_attention import interval_attention
 from ..attention.intervals import IntervalMask
 from ..attention.runs import require
+from ..norms.arguments import Modulation
 from ..norms.feature_cache import FeatureCache
-from ..norms.residual_norm import Modulation, residual_norm, run
+from ..norms.residual_norm import residual_norm, run
 from ..rope.qk_norm_rope import QKVStream, qk_norm_rope
 
 # Hooks of diffusers that move or cast weights and leave the numbers as they are.

@@ -1,4 +1,4 @@
-"""Rows, warps and tiles of the kernels on rows of tokens, as data; see `attention/configs.py`."""
+"""Launch configurations of the kernels on rows of tokens, chosen as in `attention/configs.py`."""
 
 from ..common.configs import RowConfig, RowTable, lookup_rows
 

@@ -1,19 +1,20 @@
-"""RepVideo's feature cache (arXiv 2501.08994): layers read a mix of the outputs before them.
+"""RepVideo's feature cache (arXiv 2501.08994): layers read a mix of the outputs of earlier ones.
 
-With y the output of the layer before layer i, n the number of outputs in the window, that one
-included, and g the gate of layer i:
+With y the output of the layer before layer i, n the number of outputs in the window, y included,
+and g the gate of layer i:
 
     total = sum of the n outputs
-    h     = g * total / n + (1 - g) * y           what layer i reads, also as its residual
+    h     = g * total / n + (1 - g) * y           the input of layer i, and its residual
 
-as the released code and checkpoints have it; the paper's equation 8 has g and 1 - g swapped. The
-window restarts after layers 0, 6, 12, ...: n is 1 for layers 0 and 1, then 2, 3, 4, 5, 6, 1, ...
-For n = 1 the mix is the identity, and the gate has no gradient.
+This is what the released code and checkpoints compute; equation 8 of the paper has g and 1 - g
+swapped. The window restarts after layers 0, 6, 12, ...: n is 1 for layers 0 and 1, then 2, 3, 4, 5,
+6, 1, ... For n = 1 the mix is the identity, and the gate gets no gradient.
 
-`mix` is that alone; `segment` is all between the MLP of one layer and the attention of the next,
-the gated residual before the mix and the norm and modulation after it, in one pass over memory.
-Backward keeps the outputs, which training keeps anyway, and sums them again; the running sum is
-never kept. `CacheWindow` goes through the layers of a model, `FeatureCache` owns the gates as well.
+`mix` computes the mix alone. `segment` computes all between the MLP of one layer and the attention
+of the next, in one pass over memory: the gated residual before the mix, and the norm and modulation
+after it. For backward the outputs are saved, which training keeps anyway, and summed again; the
+running sum is not. `CacheWindow` keeps track of a model's layers, and `FeatureCache` is the same as
+a module that owns the gates.
 
 Shapes: all of y, total, h, x, f, a [B, T, D].
 """
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..common.front_door import DTYPES, check_number, check_tensor, is_int_or_symbol
-from .residual_norm import NORMS, Cached, Modulation, check_like, run
+from .arguments import Modulation, check_like, check_norm
+from .residual_norm import NOT_CACHED, Cached, run
 
 WINDOW = 6
 
@@ -34,12 +36,12 @@ WINDOW = 6
 class Segment(NamedTuple):
     h: Tensor
     a: Tensor
-    total: Tensor | None  # None unless the sum is to be kept
-    y: Tensor | None  # None where no gradient will be asked for
+    total: Tensor | None  # None without `keep_sum`
+    y: Tensor | None  # None if no input needs a gradient
 
 
 def n_entries(layer: int, window: int = WINDOW) -> int:
-    """How many outputs the mix before ``layer`` reads."""
+    """How many outputs the mix before ``layer`` takes."""
     return 1 if layer == 0 else (layer - 1) % window + 1
 
 
@@ -56,12 +58,12 @@ def mix(
     """``total += y``, then ``h = gate * total / n + (1 - gate) * y``; for n = 1 both are y.
 
     Args:
-        total: the sum of the n - 1 outputs before y; gradients reach them through it. With None
-            ``older`` is summed, and gradients reach those.
+        total: the sum of the n - 1 outputs before y, whose gradients flow through it. If it is
+            None, ``older`` is summed and gets the gradients.
         gate: one element, any floating dtype, on the device of y.
-        older: the n - 1 outputs. If given, backward keeps them instead of ``total``.
-        keep_sum: whether to return the new sum. The last layer of a window needs none.
-        sum_dtype: of the sum; at least as wide as that of y.
+        older: the n - 1 outputs. If given, they are saved for backward instead of ``total``.
+        keep_sum: whether to return the new sum, which the last layer of a window does not need.
+        sum_dtype: dtype of the sum, widened to that of y if needed.
 
     Returns:
         h in the dtype of y, and the new total or None.
@@ -102,20 +104,21 @@ def segment(
 
     Args:
         x, f, gate, scale, shift, text, text_length, weight, bias, norm, eps: as in
-            `residual_norm`; gate belongs to the layer before, scale and shift to the next one.
+            `residual_norm`. The gate is that of the layer before, scale and shift are those of the
+            next one.
         total, cache_gate, n, older, keep_sum, sum_dtype: as total, gate, ... in `mix`.
 
     Returns:
-        h, a, the new total and y. h and y have the dtype of x, a that which autocast asks for.
+        h, a, the new total and y. h and y have the dtype of x, and a the one that autocast asks
+        for, else also that of x.
 
     Raises:
         ValueError: shapes, dtypes, devices or values that do not fit.
         NotImplementedError: double backward, forward-mode derivatives.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    check_norm(norm)
     check_tensor("x", x)
-    cached = None
+    cached = NOT_CACHED
     if _check_count(n, total, older) > 1:
         cached = _cached("x", x, total, cache_gate, n, older, keep_sum, sum_dtype)
     own = Modulation(gate, scale, shift)
@@ -158,29 +161,30 @@ def _cached(
     if total is None:
         return Cached(gate, n, list(older), [], sum_dtype, keep_sum)
     check_like("total", total, y)
-    kept = [entry.detach() for entry in older]  # gradients go through total
+    kept = [entry.detach() for entry in older]  # gradients flow through total instead
     return Cached(gate, n, [total], kept, sum_dtype, keep_sum)
 
 
 class _Pass(NamedTuple):
-    """Where a forward pass through the layers stands."""
+    """How far a forward pass has come through the layers."""
 
     layer: int = 0  # the one expected next
-    older: tuple[Tensor, ...] = ()  # outputs of the window, where gradients will be asked for
-    total: Tensor | None = None  # their sum; None: to be summed from them
+    older: tuple[Tensor, ...] = ()  # outputs of the window that need a gradient
+    total: Tensor | None = None  # sum of all outputs of the window; None: sum `older` instead
 
 
 class CacheWindow:
     """The feature cache of one model: call it before each layer, in order, layer 0 first.
 
-    Works under ``torch.utils.checkpoint(..., use_reentrant=False)`` around single layers, the call
-    included, without keeping anything but their inputs: what a layer had before it is looked up by
-    the tensor it is called with. Reentrant checkpoints pass copies of it and cannot work.
+    It works under ``torch.utils.checkpoint(..., use_reentrant=False)`` around single layers and
+    their call of the cache, and nothing but the inputs of the layers is kept: a recomputed layer
+    finds its state by the tensor that it was called with. Reentrant checkpoints call with copies of
+    that tensor, and raise RuntimeError.
 
     Args:
         gates: [L], one for each layer.
-        window: how many outputs a mix reads at most.
-        sum_dtype: of the running sum, at least as wide as that of the outputs.
+        window: how many outputs a mix takes at most.
+        sum_dtype: dtype of the running sum, widened to that of the outputs if needed.
     """
 
     def __init__(
@@ -196,14 +200,14 @@ class CacheWindow:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all; layer 0 begins anew in any case."""
+        """Forgets all layers. Calling layer 0 does the same."""
         self._forward = _Pass()
         self._recomputed = _Pass()  # during a backward pass
-        # {tensor that a layer was called with: {layer: what it found}}, made when it is needed
+        # {tensor that a layer was called with: {layer: state before it}}, created on first use
         self._found: Any = None
 
     def __call__(self, layer: int, y: Tensor) -> Tensor:
-        """What ``layer`` reads, given the output y of the layer before, or the embedding."""
+        """The input of ``layer``, from the output of the layer before or the embedding."""
         state, cached = self._enter(layer, y)
         h, total = mix(y, *cached.pop("args"), **cached)
         self._leave(state, total, y)
@@ -212,14 +216,14 @@ class CacheWindow:
     def segment(
         self, layer: int, x: Tensor, f: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """`segment` before ``layer``: its h and a; options gate ... eps are those of `segment`."""
+        """h and a of `segment` before ``layer``; ``options`` are its arguments gate to eps."""
         state, cached = self._enter(layer, x)
         h, a, total, y = segment(x, f, *cached.pop("args"), **cached, **options)
         self._leave(state, total, y)
         return h, a
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin with layer 0."""
+        """Copies and pickles start at layer 0."""
         return {name: getattr(self, name) for name in ("gates", "window", "sum_dtype")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -227,7 +231,7 @@ class CacheWindow:
         self.reset()
 
     def _enter(self, layer: int, key: Tensor) -> tuple[_Pass, dict[str, Any]]:
-        """What the layers before have left, and the arguments of `mix` and `segment` from it."""
+        """The state before ``layer``, and the arguments of `mix` and `segment` it gives."""
         if not 0 <= layer < len(self.gates):
             raise ValueError(f"layer: expected 0 to {len(self.gates) - 1}, got {layer}")
         is_recomputed = _is_inside_backward()
@@ -246,7 +250,7 @@ class CacheWindow:
         n = n_entries(layer, self.window)
         if n == 1:
             state = _Pass(layer)
-        has_all = len(state.older) == n - 1  # not where some layers ran without gradients
+        has_all = len(state.older) == n - 1  # False if some outputs need no gradient
         older = state.older if has_all else ()
         if not is_recomputed and self._needs_grad(key) and not torch.compiler.is_compiling():
             if self._found is None:
@@ -270,7 +274,7 @@ class CacheWindow:
             self._forward = after
 
     def _is_continued(self, layer: int) -> bool:
-        """Whether the next layer reads the same window."""
+        """Whether the next layer still belongs to the window of ``layer``."""
         return layer + 1 < len(self.gates) and n_entries(layer + 1, self.window) > 1
 
     def _needs_grad(self, x: Tensor) -> bool:
@@ -282,10 +286,10 @@ class FeatureCache(nn.Module):
 
     Args:
         num_layers: L.
-        window: how many outputs a mix reads at most.
-        gate: None for a learnable parameter ``gates`` [L] that begins at 0.5, else the fixed gate
-            of all layers.
-        sum_dtype: of the running sum, at least as wide as that of the outputs.
+        window: how many outputs a mix takes at most.
+        gate: the fixed gate of all layers; None for a learnable parameter ``gates`` [L], at first
+            0.5.
+        sum_dtype: as in `CacheWindow`.
     """
 
     gates: Tensor
@@ -311,24 +315,24 @@ class FeatureCache(nn.Module):
         self._window = CacheWindow(gates, window, sum_dtype)
 
     def forward(self, layer: int, y: Tensor) -> Tensor:
-        """What ``layer`` reads, given the output y of the layer before, or the embedding."""
-        return self._of_these_gates()(layer, y)
+        """The input of ``layer``, from the output of the layer before or the embedding."""
+        return self._window_with_gates()(layer, y)
 
     def segment(
         self, layer: int, x: Tensor, f: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """`segment` before ``layer``: its h and a; options gate ... eps are those of `segment`."""
-        return self._of_these_gates().segment(layer, x, f, **options)
+        """h and a of `segment` before ``layer``; ``options`` are its arguments gate to eps."""
+        return self._window_with_gates().segment(layer, x, f, **options)
 
     def reset(self) -> None:
-        """Forgets all; layer 0 begins anew in any case."""
+        """Forgets all layers. Calling layer 0 does the same."""
         self._window.reset()
 
-    def _of_these_gates(self) -> CacheWindow:
-        self._window.gates = self.gates  # which moving the module may have replaced
+    def _window_with_gates(self) -> CacheWindow:
+        self._window.gates = self.gates  # moving the module may have replaced them
         return self._window
 
 
 def _is_inside_backward() -> bool:
-    """Where a checkpoint runs a part of the forward pass again."""
+    """Whether a checkpoint is recomputing a part of the forward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -2,60 +2,68 @@
 
     xhat = (f - mean(f)) * rsqrt(var(f) + eps)   "layer"
     xhat = f * rsqrt(mean(f^2) + eps)            "rms"
-    out  = x + gate * (xhat * weight + bias)     what is None is left out
+    out  = x + gate * (xhat * weight + bias)     gate, weight and bias may be absent
 
     dx    = do
     df    = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)),  dxhat = do * gate * weight
     dgate = do * (xhat * weight + bias), summed over the tokens that share a gate
     dweight = sum of do * gate * xhat,   dbias = sum of do * gate
 
-Shapes: x, f, out [B, T, D]; weight, bias [D]; gate [B, 1, D], or [B, T, D] of a gate per token.
+Shapes: x, f, out [B, T, D]; weight, bias [D]; gate [B, 1, D], or [B, T, D] with a gate per token.
 
-A program owns consecutive rows of one batch row. Where its rows share a gate it is folded into
-weight and bias, and backward needs two sums over columns alone, A1 = sum of do and A2 = sum of
-do * xhat: dgate = weight * A2 + bias * A1; over the batch, dweight = sum of gate * A2 and dbias =
-sum of gate * A1. Programs write their sums once and PyTorch adds them: no atomics. Saved are f and
-the mean and rstd of each row.
+A program owns consecutive rows of one batch row. If they share a gate, it is folded into weight
+and bias, and backward needs two sums over the rows only, A1 = sum of do and A2 = sum of do * xhat:
+dgate = weight * A2 + bias * A1, and, summed over the batch, dweight = sum of gate * A2 and dbias =
+sum of gate * A1. Each program writes its sums once and PyTorch adds them, without atomics. Saved
+for backward are f and the mean and rstd of each row.
 
 NOVA (arXiv 2412.14169): ``x + LN(f)`` in its transformers, with a gate per token in its denoising
-MLP, where the gate is a third of a projection and read in place.
+MLP. That gate is a third of a projection, and read in place.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.front_door import check_last_dim, check_tensor, refuse_tangents
+from ..common.front_door import check_tensor, refuse_tangents
 from ..common.jit import normalize_backward, statistics
-from ..common.launch import accumulator_dtype, architecture
+from ..common.launch import architecture
 from ..common.registration import define_op, refuse_double_backward
 from . import post_norm_portable as portable
+from .arguments import (
+    as_vectors,
+    check_affine,
+    check_eps,
+    check_like,
+    check_norm,
+    check_rows,
+    expand_vectors,
+)
 from .configs import ROW_WISE, lookup
-from .post_norm_portable import empty_bwd, empty_fwd
-from .residual_norm import NORMS, as_vectors, check_columns, check_like, expand_vectors
-from .residual_norm_kernels import given
-from .rows import load_columns, load_rows, store_rows
+from .operands import flat, none_if_absent
+from .post_norm_operands import Backward, Forward, empty_bwd, empty_fwd, is_per_token
+from .rows import (
+    SIZES,
+    constants,
+    contiguous_rows,
+    count_programs,
+    load_columns,
+    load_rows,
+    load_stats,
+    rows_of,
+    rows_of_program,
+    store_rows,
+    store_stats,
+)
 
 MAX_ROW = max(ROW_WISE["post_norm_bwd"])
-SIZES = ("n_batch", "n_tokens")  # compiled once for all of them
-
-
-@triton.jit
-def rows_of_program(pid, n_tokens, ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Batch row, first row of it and end."""
-    n_chunks = tl.cdiv(n_tokens, ROWS * TILES)
-    first = (pid % n_chunks) * ROWS * TILES
-    return (pid // n_chunks).to(tl.int64), first, tl.minimum(first + ROWS * TILES, n_tokens)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _post_norm_fwd_kernel(
-    x_ptr, f_ptr, gate_ptr, weight_ptr, bias_ptr, out_ptr,
+    x_rows, f_rows, gate_rows, weight_ptr, bias_ptr, out_ptr,
     stats_ptr,  # [2, B, T]: mean, rstd
-    stride_x, stride_f, stride_gate,  # (batch, token)
     n_batch, n_tokens, eps: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
     IS_RMS: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr,
@@ -66,34 +74,31 @@ def _post_norm_fwd_kernel(
     is_col = cols < D
     weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
     bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
-    if gate_ptr is not None and not PER_TOKEN:
-        gate = load_columns(gate_ptr + batch * stride_gate[0], cols, is_col, 1.0, ACC)
+    if gate_rows is not None and not PER_TOKEN:
+        gate = load_columns(gate_rows[0] + batch * gate_rows[1], cols, is_col, 1.0, ACC)
         weight, bias = weight * gate, bias * gate
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & is_col
-        f = load_rows(f_ptr, stride_f, batch, row, cols, mask, ACC)
-        x = load_rows(x_ptr, stride_x, batch, row, cols, mask, ACC)
+        at = (batch, row, cols, (row < end) & is_col)
+        f = load_rows(f_rows, at, ACC)
+        x = load_rows(x_rows, at, ACC)
         mean, rstd = statistics(f, is_col, D, eps, IS_RMS)  # pyright: ignore
-        stats_ptrs = stats_ptr + batch * n_tokens + row
-        tl.store(stats_ptrs, mean, mask=row < end)
-        tl.store(stats_ptrs + n_batch * n_tokens, rstd, mask=row < end)
+        store_stats(stats_ptr, mean, rstd, batch, row, end, n_batch, n_tokens)
         n = (f - mean) * rstd * weight + bias
         if PER_TOKEN:
-            n *= load_rows(gate_ptr, stride_gate, batch, row, cols, mask, ACC)
-        store_rows(out_ptr, x + n, batch, row, cols, mask, n_tokens, D)
+            n *= load_rows(gate_rows, at, ACC)
+        store_rows(out_ptr, x + n, at, n_tokens, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _post_norm_bwd_kernel(
-    do_ptr, f_ptr, stats_ptr, gate_ptr, weight_ptr, bias_ptr, df_ptr, dgate_ptr,
+    do_rows, f_rows, gate_rows, stats_ptr, weight_ptr, bias_ptr, df_ptr, dgate_ptr,
     partials_ptr,  # [programs, 2, D]: sums of dn and dn * xhat
-    stride_do, stride_f, stride_gate,
     n_batch, n_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
     IS_RMS: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dn is do times the gate of the token, or do where the rows of a program share their gate."""
+    """dn is do * gate if each token has its gate, else do."""
     pid = tl.program_id(0)
     batch, first, end = rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
     cols = tl.arange(0, BLOCK_D)[None, :]
@@ -102,103 +107,83 @@ def _post_norm_bwd_kernel(
     if dgate_ptr is not None:
         bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
     gated_weight = weight
-    if gate_ptr is not None and not PER_TOKEN:
-        gate = load_columns(gate_ptr + batch * stride_gate[0], cols, is_col, 1.0, ACC)
+    if gate_rows is not None and not PER_TOKEN:
+        gate = load_columns(gate_rows[0] + batch * gate_rows[1], cols, is_col, 1.0, ACC)
         gated_weight = weight * gate
     sum_dn = tl.zeros([ROWS, BLOCK_D], ACC)
     sum_dn_xhat = tl.zeros([ROWS, BLOCK_D], ACC)
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & is_col
-        f = load_rows(f_ptr, stride_f, batch, row, cols, mask, ACC)
-        dn = load_rows(do_ptr, stride_do, batch, row, cols, mask, ACC)
-        stats_ptrs = stats_ptr + batch * n_tokens + row
-        mean = tl.load(stats_ptrs, mask=row < end, other=0.0)
-        rstd = tl.load(stats_ptrs + n_batch * n_tokens, mask=row < end, other=0.0)
+        at = (batch, row, cols, (row < end) & is_col)
+        f = load_rows(f_rows, at, ACC)
+        dn = load_rows(do_rows, at, ACC)
+        mean, rstd = load_stats(stats_ptr, batch, row, end, n_batch, n_tokens)  # pyright: ignore
         xhat = tl.where(is_col, (f - mean) * rstd, 0.0)
         if PER_TOKEN:
             if dgate_ptr is not None:
-                dgate = dn * (xhat * weight + bias)
-                store_rows(dgate_ptr, dgate, batch, row, cols, mask, n_tokens, D)
-            dn *= load_rows(gate_ptr, stride_gate, batch, row, cols, mask, ACC)
+                store_rows(dgate_ptr, dn * (xhat * weight + bias), at, n_tokens, D)
+            dn *= load_rows(gate_rows, at, ACC)
         if partials_ptr is not None:
             sum_dn += dn
             sum_dn_xhat += dn * xhat
         if df_ptr is not None:
             df = normalize_backward(dn * gated_weight, xhat, rstd, is_col, D, IS_RMS)
-            store_rows(df_ptr, df, batch, row, cols, mask, n_tokens, D)
+            store_rows(df_ptr, df, at, n_tokens, D)
     if partials_ptr is not None:
         partials_ptr += pid.to(tl.int64) * 2 * D + cols
         tl.store(partials_ptr, tl.sum(sum_dn, 0, keep_dims=True), mask=is_col)
         tl.store(partials_ptr + D, tl.sum(sum_dn_xhat, 0, keep_dims=True), mask=is_col)
 
 
-def _launch_fwd(
-    x: Tensor, f: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    norm: str, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out, and mean and rstd [2, B, T]."""
-    out, stats = empty_fwd(x, f)
-    config = lookup("post_norm_fwd", x.shape[2], architecture(x))
-    n_programs = len(x) * -(-x.shape[1] // (config.rows * config.tiles))
+def _launch_fwd(args: Forward) -> tuple[Tensor, Tensor]:
+    """What `empty_fwd` allocates, filled."""
+    out, stats = empty_fwd(args)
+    x, f = args.x, args.f
+    n_batch, n_tokens, n_cols = x.shape
+    config = lookup("post_norm_fwd", n_cols, architecture(x))
+    n_programs = n_batch * count_programs(n_tokens, config)
     if n_programs:
         _post_norm_fwd_kernel[(n_programs,)](
-            x, f, gate, weight, bias, out, stats, *map(strides_of, (x, f, gate)),
-            len(x), x.shape[1], eps,
-            **_constants(x, f, gate, norm), **config.kwargs(),
+            *map(rows_of, (x, f, args.gate)), args.weight, args.bias, out, stats,
+            n_batch, n_tokens, args.eps,
+            IS_RMS=args.norm == "rms", PER_TOKEN=is_per_token(args.gate),
+            **constants(n_cols, torch.promote_types(x.dtype, f.dtype), config),
         )  # fmt: skip
     return out, stats
 
 
-def _launch_bwd(
-    do: Tensor, f: Tensor, stats: Tensor, gate: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, norm: str, need_f: bool, need_gate: bool, need_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """df, dgate of a gate per token, and the sums [B, 2, D] of dn and dn * xhat.
-
-    What is not needed is an empty vector.
-    """
-    df, dgate, sums = empty_bwd(
-        do, f, stats, gate, weight, bias, norm, need_f, need_gate, need_sums
-    )  # fmt: skip
-    do = do if do.stride(-1) == 1 else do.contiguous()  # e.g. the expanded gradient of a sum
-    config = lookup("post_norm_bwd", f.shape[2], architecture(f))
-    n_chunks = -(-f.shape[1] // (config.rows * config.tiles))
-    partials = sums.new_empty(len(f), n_chunks, 2, f.shape[2]) if need_sums else None
-    if len(f) * n_chunks:
-        _post_norm_bwd_kernel[(len(f) * n_chunks,)](
-            do, f, stats, gate, weight, bias, given(df), given(dgate), partials,
-            *map(strides_of, (do, f, gate)), len(f), f.shape[1],
-            **_constants(do, f, gate, norm), **config.kwargs(),
+def _launch_bwd(args: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """What `empty_bwd` allocates, filled."""
+    results = empty_bwd(args)
+    df, dgate, sums = map(none_if_absent, results)
+    do, f = contiguous_rows(args.do), args.f
+    n_batch, n_tokens, n_cols = f.shape
+    config = lookup("post_norm_bwd", n_cols, architecture(f))
+    n_parts = count_programs(n_tokens, config)
+    partials = None if sums is None else sums.new_empty(n_batch, n_parts, 2, n_cols)
+    if n_batch * n_parts:
+        _post_norm_bwd_kernel[(n_batch * n_parts,)](
+            *map(rows_of, (do, f, args.gate)), args.stats, args.weight, args.bias,
+            df, dgate, partials, n_batch, n_tokens,
+            IS_RMS=args.norm == "rms", PER_TOKEN=is_per_token(args.gate),
+            **constants(n_cols, torch.promote_types(args.do.dtype, f.dtype), config),
         )  # fmt: skip
     if partials is not None:
         torch.sum(partials, dim=1, out=sums)
-    return df, dgate, sums
-
-
-def strides_of(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if x is None else x.stride()[:2]
-
-
-def _constants(x: Tensor, f: Tensor, gate: Tensor | None, norm: str) -> dict:
-    return {
-        "D": x.shape[2],
-        "BLOCK_D": triton.next_power_of_2(x.shape[2]),
-        "IS_RMS": norm == "rms",
-        "PER_TOKEN": portable.is_per_token(gate),
-        "ACC": accumulator_dtype(torch.promote_types(x.dtype, f.dtype)),
-    }
-
-
-def _fake_fwd(x, f, gate, weight, bias, norm, eps):
-    return empty_fwd(x, f)
+    return results
 
 
 forward_op = define_op(
-    "post_norm_residual_fwd", _launch_fwd, portable.post_norm_residual_fwd, _fake_fwd
+    "post_norm_residual_fwd",
+    flat(_launch_fwd),
+    flat(portable.post_norm_residual_fwd),
+    flat(empty_fwd),
 )
 backward_op = define_op(
-    "post_norm_residual_bwd", _launch_bwd, portable.post_norm_residual_bwd, empty_bwd
+    "post_norm_residual_bwd",
+    flat(_launch_bwd),
+    flat(portable.post_norm_residual_bwd),
+    flat(empty_bwd),
 )
 
 
@@ -213,15 +198,15 @@ def _backward(ctx, do, _):
     _, need_f, need_gate, need_weight, need_bias, *_ = ctx.needs_input_grad
     if not (need_f or need_gate or need_weight or need_bias):
         return do, *[None] * 6
-    is_per_token = portable.is_per_token(gate)
-    need_sums = need_weight or need_bias or (need_gate and not is_per_token)
+    is_shared = gate is not None and not is_per_token(gate)
+    need_sums = need_weight or need_bias or (need_gate and is_shared)
     df, dgate, sums = backward_op(
         do, f, stats, gate, weight, bias, ctx.norm,
-        need_f, need_gate and is_per_token, need_sums,
+        need_f, need_gate and not is_shared, need_sums,
     )  # fmt: skip
     dweight, dbias = None, None
     if need_sums:
-        if gate is not None and not is_per_token:
+        if is_shared:
             if need_gate:
                 sum_dn, sum_dn_xhat = sums[:, :1], sums[:, 1:]  # [B, 1, D]
                 dgate = sum_dn_xhat if weight is None else sum_dn_xhat * weight
@@ -265,26 +250,17 @@ def post_norm_residual(
         ValueError: shapes, dtypes, devices or options that do not fit.
         NotImplementedError: double backward, forward-mode derivatives.
     """
-    check_tensor("x", x)
-    if x.ndim not in (2, 3) or not 1 <= x.shape[-1] <= MAX_ROW:
-        expected = f"[B, T, D] or [T, D] with D of 1 to {MAX_ROW}"
-        raise ValueError(f"x: expected shape {expected}, got {list(x.shape)}")
-    check_last_dim("x", x)
+    check_rows(x, MAX_ROW, batch_is_optional=True)
     check_like("f", f, x)
-    n_cols = x.shape[-1]
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_columns(name, vector, x)
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected a finite number above 0, got {eps}")
+    check_affine(weight, bias, x)
+    check_norm(norm)
+    check_eps(eps)
     rows, f_rows = (x[None], f[None]) if x.ndim == 2 else (x, f)
     if gate is not None:
         check_tensor("gate", gate, ("x", x))
         if x.ndim == 2:
-            if gate.shape not in ((n_cols,), x.shape):
-                expected = f"[{n_cols}] or {list(x.shape)}"
+            if gate.shape not in (x.shape[1:], x.shape):
+                expected = f"{list(x.shape[1:])} or {list(x.shape)}"
                 raise ValueError(f"gate: expected shape {expected}, got {list(gate.shape)}")
             gate = gate if gate.ndim == 1 else gate[None]
         gate = as_vectors("gate", gate, rows, rows.shape[1])

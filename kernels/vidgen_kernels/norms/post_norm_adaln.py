@@ -1,8 +1,8 @@
 """Gated residual around a norm, and the adaptive norm that reads it: forward, backward.
 
-    n   = LN(f) * weight + bias               what is None is left out
+    n   = LN(f) * weight + bias               gate, weight and bias may be absent
     out = x + gate * n                        rounded to the dtype of x before the norm reads it
-    a   = LN(out) * (1 + scale) + shift       no weights
+    a   = LN(out) * (1 + scale) + shift
 
     dshift = da,   dscale = da * xhat_out
     dout'  = dout + rstd_out * (d - mean(d) - xhat_out * mean(d * xhat_out)),  d = da * (1 + scale)
@@ -10,57 +10,58 @@
     df     = rstd_f * (d - mean(d) - xhat_f * mean(d * xhat_f)),  d = dn * weight
     dweight = sum of dn * xhat_f,   dbias = sum of dn
 
-Shapes: x, f, gate, scale, shift, out, a [B, T, D], the vectors expanded views where tokens share
-them; weight, bias [D].
+Shapes: x, f, gate, scale, shift, out, a [B, T, D]; weight, bias [D]. A gate, scale or shift that
+tokens share is an expanded view.
 
-A program owns consecutive rows of one batch row, and writes its sums of dn and dn * xhat once;
-PyTorch adds them: no atomics. Saved are f, out, and the mean and rstd of their rows.
+A program owns consecutive rows of one batch row. It writes its sums of dn and dn * xhat_f once, and
+PyTorch adds them, without atomics. Saved for backward are f, out, and the mean and rstd of the rows
+of both.
 
 NOVA (arXiv 2412.14169): the denoising MLP, from the layers of one block to those of the next.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.front_door import autocast_dtype, check_last_dim, check_tensor, refuse_tangents
+from ..common.front_door import autocast_dtype, refuse_tangents
 from ..common.jit import normalize_backward, statistics
-from ..common.launch import accumulator_dtype, architecture
+from ..common.launch import architecture
 from ..common.registration import define_op, refuse_double_backward
 from . import post_norm_adaln_portable as portable
+from .arguments import (
+    as_vectors,
+    check_affine,
+    check_eps,
+    check_like,
+    check_rows,
+    expand_vectors,
+)
 from .configs import ROW_WISE, lookup
-from .post_norm import SIZES, rows_of_program, strides_of
-from .post_norm_adaln_portable import empty_bwd, empty_fwd
-from .residual_norm import as_vectors, check_columns, check_like, expand_vectors
-from .residual_norm_kernels import given
-from .rows import load_columns, load_rows, store_rows
+from .operands import flat, none_if_absent
+from .post_norm_adaln_operands import Backward, Forward, empty_bwd, empty_fwd
+from .rows import (
+    SIZES,
+    constants,
+    contiguous_rows,
+    count_programs,
+    load_columns,
+    load_rows,
+    load_stats,
+    rows_of,
+    rows_of_program,
+    store_rows,
+    store_stats,
+)
 
 MAX_ROW = max(ROW_WISE["post_norm_adaln_bwd"])
 
 
-@triton.jit
-def _store_stats(stats_ptr, mean, rstd, n_rows, row, end):
-    tl.store(stats_ptr + row, mean, mask=row < end)
-    tl.store(stats_ptr + n_rows + row, rstd, mask=row < end)
-
-
-@triton.jit
-def _load_xhat(ptr, stride, stats_ptr, n_rows, batch, row, end, cols, is_col, ACC: tl.constexpr):
-    """Rows normalised again, 0 outside of the columns, and their rstd."""
-    x = load_rows(ptr, stride, batch, row, cols, (row < end) & is_col, ACC)
-    mean = tl.load(stats_ptr + row, mask=row < end, other=0.0)
-    rstd = tl.load(stats_ptr + n_rows + row, mask=row < end, other=0.0)
-    return tl.where(is_col, (x - mean) * rstd, 0.0), rstd
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _post_norm_adaln_fwd_kernel(
-    x_ptr, f_ptr, gate_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr, a_ptr,
+    x_rows, f_rows, gate_rows, scale_rows, shift_rows, weight_ptr, bias_ptr, out_ptr, a_ptr,
     stats_ptr,  # [4, B, T]: mean and rstd of f, then of out
-    stride_x, stride_f, stride_gate, stride_scale, stride_shift,  # (batch, token)
     n_batch, n_tokens, eps: tl.float64, next_eps: tl.float64,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
     ACC: tl.constexpr,
@@ -69,36 +70,33 @@ def _post_norm_adaln_fwd_kernel(
     batch, first, end = rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
     cols = tl.arange(0, BLOCK_D)[None, :]
     is_col = cols < D
-    n_rows = n_batch * n_tokens
-    stats_ptr += batch * n_tokens
+    out_stats_ptr = stats_ptr + 2 * n_batch * n_tokens
     weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
     bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & is_col
-        f = load_rows(f_ptr, stride_f, batch, row, cols, mask, ACC)
-        x = load_rows(x_ptr, stride_x, batch, row, cols, mask, ACC)
+        at = (batch, row, cols, (row < end) & is_col)
+        f = load_rows(f_rows, at, ACC)
+        x = load_rows(x_rows, at, ACC)
         mean, rstd = statistics(f, is_col, D, eps, False)  # pyright: ignore
-        _store_stats(stats_ptr, mean, rstd, n_rows, row, end)
+        store_stats(stats_ptr, mean, rstd, batch, row, end, n_batch, n_tokens)
         n = (f - mean) * rstd * weight + bias
-        if gate_ptr is not None:
-            n *= load_rows(gate_ptr, stride_gate, batch, row, cols, mask, ACC)
+        if gate_rows is not None:
+            n *= load_rows(gate_rows, at, ACC)
         out = tl.where(is_col, x + n, 0.0).to(out_ptr.dtype.element_ty).to(ACC)
-        store_rows(out_ptr, out, batch, row, cols, mask, n_tokens, D)
+        store_rows(out_ptr, out, at, n_tokens, D)
         mean, rstd = statistics(out, is_col, D, next_eps, False)  # pyright: ignore
-        _store_stats(stats_ptr + 2 * n_rows, mean, rstd, n_rows, row, end)
-        scale = load_rows(scale_ptr, stride_scale, batch, row, cols, mask, ACC)
-        shift = load_rows(shift_ptr, stride_shift, batch, row, cols, mask, ACC)
-        a = (out - mean) * rstd * (1 + scale) + shift
-        store_rows(a_ptr, a, batch, row, cols, mask, n_tokens, D)
+        store_stats(out_stats_ptr, mean, rstd, batch, row, end, n_batch, n_tokens)
+        scale = load_rows(scale_rows, at, ACC)
+        shift = load_rows(shift_rows, at, ACC)
+        store_rows(a_ptr, (out - mean) * rstd * (1 + scale) + shift, at, n_tokens, D)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _post_norm_adaln_bwd_kernel(
-    dout_ptr, da_ptr, out_ptr, f_ptr, stats_ptr, gate_ptr, scale_ptr, weight_ptr, bias_ptr,
+    dout_rows, da_rows, out_rows, f_rows, stats_ptr, gate_rows, scale_rows, weight_ptr, bias_ptr,
     dx_ptr, df_ptr, dgate_ptr, dscale_ptr,
     partials_ptr,  # [programs, 2, D]: sums of dn and dn * xhat
-    stride_dout, stride_da, stride_out, stride_f, stride_gate, stride_scale,
     n_batch, n_tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
     ACC: tl.constexpr,
@@ -107,8 +105,7 @@ def _post_norm_adaln_bwd_kernel(
     batch, first, end = rows_of_program(pid, n_tokens, ROWS, TILES)  # pyright: ignore
     cols = tl.arange(0, BLOCK_D)[None, :]
     is_col = cols < D
-    n_rows = n_batch * n_tokens
-    stats_ptr += batch * n_tokens
+    out_stats_ptr = stats_ptr + 2 * n_batch * n_tokens
     weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
     if dgate_ptr is not None:
         bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
@@ -116,106 +113,85 @@ def _post_norm_adaln_bwd_kernel(
     sum_dn_xhat = tl.zeros([ROWS, BLOCK_D], ACC)
     for start in range(first, end, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & is_col
-        if dout_ptr is not None:
-            dn = load_rows(dout_ptr, stride_dout, batch, row, cols, mask, ACC)
-        else:
-            dn = tl.zeros([ROWS, BLOCK_D], ACC)
-        if da_ptr is not None:
-            da = load_rows(da_ptr, stride_da, batch, row, cols, mask, ACC)
-            xhat, rstd = _load_xhat(  # pyright: ignore
-                out_ptr, stride_out, stats_ptr + 2 * n_rows, n_rows, batch, row, end, cols, is_col,
-                ACC,
-            )  # fmt: skip
+        at = (batch, row, cols, (row < end) & is_col)
+        dx = load_rows(dout_rows, at, ACC)
+        if da_rows is not None:
+            da = load_rows(da_rows, at, ACC)
+            out = load_rows(out_rows, at, ACC)
+            mean, rstd = load_stats(out_stats_ptr, batch, row, end, n_batch, n_tokens)  # pyright: ignore
+            xhat = tl.where(is_col, (out - mean) * rstd, 0.0)
             if dscale_ptr is not None:
-                store_rows(dscale_ptr, da * xhat, batch, row, cols, mask, n_tokens, D)
-            da *= 1 + load_rows(scale_ptr, stride_scale, batch, row, cols, mask, ACC)
-            dn += normalize_backward(da, xhat, rstd, is_col, D, False)
+                store_rows(dscale_ptr, da * xhat, at, n_tokens, D)
+            da *= 1 + load_rows(scale_rows, at, ACC)
+            dx += normalize_backward(da, xhat, rstd, is_col, D, False)
             if dx_ptr is not None:
-                store_rows(dx_ptr, dn, batch, row, cols, mask, n_tokens, D)
-        if f_ptr is not None:
-            xhat, rstd = _load_xhat(  # pyright: ignore
-                f_ptr, stride_f, stats_ptr, n_rows, batch, row, end, cols, is_col, ACC
-            )
+                store_rows(dx_ptr, dx, at, n_tokens, D)
+        if f_rows is not None:
+            f = load_rows(f_rows, at, ACC)
+            mean, rstd = load_stats(stats_ptr, batch, row, end, n_batch, n_tokens)  # pyright: ignore
+            xhat = tl.where(is_col, (f - mean) * rstd, 0.0)
             if dgate_ptr is not None:
-                dgate = dn * (xhat * weight + bias)
-                store_rows(dgate_ptr, dgate, batch, row, cols, mask, n_tokens, D)
-            if gate_ptr is not None:
-                dn *= load_rows(gate_ptr, stride_gate, batch, row, cols, mask, ACC)
+                store_rows(dgate_ptr, dx * (xhat * weight + bias), at, n_tokens, D)
+            dn = dx
+            if gate_rows is not None:
+                dn *= load_rows(gate_rows, at, ACC)
             if partials_ptr is not None:
                 sum_dn += dn
                 sum_dn_xhat += dn * xhat
             if df_ptr is not None:
                 df = normalize_backward(dn * weight, xhat, rstd, is_col, D, False)
-                store_rows(df_ptr, df, batch, row, cols, mask, n_tokens, D)
+                store_rows(df_ptr, df, at, n_tokens, D)
     if partials_ptr is not None:
         partials_ptr += pid.to(tl.int64) * 2 * D + cols
         tl.store(partials_ptr, tl.sum(sum_dn, 0, keep_dims=True), mask=is_col)
         tl.store(partials_ptr + D, tl.sum(sum_dn_xhat, 0, keep_dims=True), mask=is_col)
 
 
-def _launch_fwd(
-    x: Tensor, f: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, weight: Tensor | None,
-    bias: Tensor | None, eps: float, next_eps: float, a_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, a, and the mean and rstd of f and of out [4, B, T]."""
-    out, a, stats = empty_fwd(x, f, a_dtype)
-    config = lookup("post_norm_adaln_fwd", x.shape[2], architecture(x))
-    n_programs = len(x) * -(-x.shape[1] // (config.rows * config.tiles))
+def _launch_fwd(args: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    """What `empty_fwd` allocates, filled."""
+    results = empty_fwd(args)
+    x, f = args.x, args.f
+    n_batch, n_tokens, n_cols = x.shape
+    config = lookup("post_norm_adaln_fwd", n_cols, architecture(x))
+    n_programs = n_batch * count_programs(n_tokens, config)
     if n_programs:
         _post_norm_adaln_fwd_kernel[(n_programs,)](
-            x, f, gate, scale, shift, weight, bias, out, a, stats,
-            *map(strides_of, (x, f, gate, scale, shift)), len(x), x.shape[1], eps, next_eps,
-            **_constants(x, f), **config.kwargs(),
+            *map(rows_of, (x, f, args.gate, args.scale, args.shift)), args.weight, args.bias,
+            *results, n_batch, n_tokens, args.eps, args.next_eps,
+            **constants(n_cols, torch.promote_types(x.dtype, f.dtype), config),
         )  # fmt: skip
-    return out, a, stats
+    return results
 
 
-def _launch_bwd(
-    dout: Tensor | None, da: Tensor | None, out: Tensor, f: Tensor, stats: Tensor,
-    gate: Tensor | None, scale: Tensor, weight: Tensor | None, bias: Tensor | None,
-    need_x: bool, need_f: bool, need_gate: bool, need_scale: bool, need_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, df, dgate, dscale, and the sums [2, D] of dn and dn * xhat.
-
-    What is not needed is an empty vector.
-    """
-    dx, df, dgate, dscale, sums = empty_bwd(
-        dout, da, out, f, stats, gate, scale, weight, bias,
-        need_x, need_f, need_gate, need_scale, need_sums,
-    )  # fmt: skip
-    # e.g. the expanded gradient of a sum
-    dout, da = (g if g is None or g.stride(-1) == 1 else g.contiguous() for g in (dout, da))
-    config = lookup("post_norm_adaln_bwd", f.shape[2], architecture(f))
-    n_programs = len(f) * -(-f.shape[1] // (config.rows * config.tiles))
-    partials = sums.new_empty(n_programs, 2, f.shape[2]) if need_sums else None
-    f_or_none = f if need_f or need_gate or need_sums else None
+def _launch_bwd(args: Backward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `empty_bwd` allocates, filled."""
+    results = empty_bwd(args)
+    dx, df, dgate, dscale, sums = map(none_if_absent, results)
+    out, f = args.out, args.f
+    n_batch, n_tokens, n_cols = f.shape
+    config = lookup("post_norm_adaln_bwd", n_cols, architecture(f))
+    n_programs = n_batch * count_programs(n_tokens, config)
+    partials = None if sums is None else sums.new_empty(n_programs, 2, n_cols)
     if n_programs:
+        dout, da = contiguous_rows(args.dout), contiguous_rows(args.da)
+        f_if_read = f if args.need_f or args.need_gate or args.need_sums else None
         _post_norm_adaln_bwd_kernel[(n_programs,)](
-            dout, da, out, f_or_none, stats, gate, scale, weight, bias,
-            *map(given, (dx, df, dgate, dscale)), partials,
-            *map(strides_of, (dout, da, out, f, gate, scale)), len(f), f.shape[1],
-            **_constants(out, f), **config.kwargs(),
+            *map(rows_of, (dout, da, out, f_if_read)), args.stats,
+            rows_of(args.gate), rows_of(args.scale), args.weight, args.bias,
+            dx, df, dgate, dscale, partials, n_batch, n_tokens,
+            **constants(n_cols, torch.promote_types(out.dtype, f.dtype), config),
         )  # fmt: skip
     if partials is not None:
         torch.sum(partials, dim=0, out=sums)
-    return dx, df, dgate, dscale, sums
+    return results
 
 
-def _constants(x: Tensor, f: Tensor) -> dict:
-    return {
-        "D": x.shape[2],
-        "BLOCK_D": triton.next_power_of_2(x.shape[2]),
-        "ACC": accumulator_dtype(torch.promote_types(x.dtype, f.dtype)),
-    }
-
-
-def _fake_fwd(x, f, gate, scale, shift, weight, bias, eps, next_eps, a_dtype):
-    return empty_fwd(x, f, a_dtype)
-
-
-forward_op = define_op("post_norm_adaln_fwd", _launch_fwd, portable.post_norm_adaln_fwd, _fake_fwd)
-backward_op = define_op("post_norm_adaln_bwd", _launch_bwd, portable.post_norm_adaln_bwd, empty_bwd)
+forward_op = define_op(
+    "post_norm_adaln_fwd", flat(_launch_fwd), flat(portable.post_norm_adaln_fwd), flat(empty_fwd)
+)
+backward_op = define_op(
+    "post_norm_adaln_bwd", flat(_launch_bwd), flat(portable.post_norm_adaln_bwd), flat(empty_bwd)
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -244,7 +220,7 @@ def _backward(ctx, dout, da, _):
     dx, df, dgate, dscale, sums = dout, None, None, None, None
     if any(needs):
         dx, df, dgate, dscale, sums = map(
-            given, backward_op(dout, da, out, f, stats, gate, scale, weight, bias, *needs)
+            none_if_absent, backward_op(dout, da, out, f, stats, gate, scale, weight, bias, *needs)
         )
         dx = dout if da is None else dx
     dshift = da.to(ctx.shift_dtype) if need_shift and da is not None else None
@@ -281,30 +257,23 @@ def post_norm_adaln(
     Args:
         x, f: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim.
         gate, scale, shift: [D], [B, D], [B, 1, D], or [B, T, D] for a vector per token; any
-            floating dtype, read in place. Gradients are made per token, and then summed.
+            floating dtype, read in place. Their gradients are computed per token, then summed.
         weight, bias: any floating dtype.
         eps, next_eps: added to the variance of f, and of out.
 
     Returns:
         out: a new contiguous tensor in the dtype of x, rounded to it before the norm reads it.
-        a: in the dtype of x, or that which autocast asks for.
+        a: in the dtype of x, or the one that autocast asks for.
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit.
         NotImplementedError: double backward, forward-mode derivatives.
     """
-    check_tensor("x", x)
-    if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_ROW:
-        expected = f"[B, T, D] with D of 1 to {MAX_ROW}"
-        raise ValueError(f"x: expected shape {expected}, got {list(x.shape)}")
-    check_last_dim("x", x)
+    check_rows(x, MAX_ROW)
     check_like("f", f, x)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_columns(name, vector, x)
-    for name, value in (("eps", eps), ("next_eps", next_eps)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    check_affine(weight, bias, x)
+    check_eps(eps)
+    check_eps(next_eps, "next_eps")
     gate = None if gate is None else _per_token("gate", gate, x)
     scale, shift = _per_token("scale", scale, x), _per_token("shift", shift, x)
     refuse_tangents(x, f, gate, scale, shift, weight, bias)

@@ -1,160 +1,407 @@
-"""`residual_norm`: gated residual, norm and modulation of tokens in one pass.
+"""Gated residual, feature cache, norm and modulation of token rows in one pass: forward, backward.
 
-    h = x + gate * f
-    a = norm(h) * weight + bias, then * (1 + scale) + shift
+    y     = x + gate * f
+    total = sum of the n - 1 older entries + y                only if n > 1, else h = y
+    h     = (g / n) * total + (1 - g) * y                     g: the cache gate, a scalar
+    xhat  = (h - mean(h)) * rstd, or h * rstd                 LayerNorm, RMSNorm
+    a     = (xhat * weight + bias) * (1 + scale) + shift
 
-One operator serves it and `feature_cache`; `residual_norm.py` holds the kernels and the formulas.
-Modulations are per sample or per token, and text tokens may have their own (CogVideoX, 2408.06072):
-a list of the operator holds the vectors of the other tokens, then those of the text.
+y and h are rounded to the dtype of x, and total to its own, before the next line reads them.
 
-Shapes: x, f, h, a [B, T, D]; weight, bias [D]; gate, scale, shift as `Modulation` says.
+    dxhat   = da * weight * (1 + scale)
+    dh'     = dh + rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
+    dtotal' = dtotal + (g / n) * dh'                          the gradient of each older entry
+    dy'     = dy + (1 - g) * dh' + dtotal'                    = dx
+    df      = gate * dy',   dgate = sum of dy' * f
+    dg      = sum of dh' * (total / n - y)
+    dshift  = sum of da,    dscale = weight * sum of da * xhat + bias * sum of da
+
+Shapes: x, f, h, a, y, total and entries [B, T, D]; weight, bias [D]; gate, scale, shift
+[B or 1, 1, D], or [B, tokens, D] with a vector for each token. The first `text_length` tokens of
+a batch row are text and have vectors of their own, the second of each list.
+
+A program owns consecutive rows of one batch row and one modality, so it loads shared vectors once
+and keeps sums over its rows in registers. It writes these partial sums once, and PyTorch adds them:
+there are no atomics, and gradients are bitwise repeatable. Saved for backward are y, the mean and
+rstd of each row, and f if the gate needs a gradient; with a cache, backward sums the entries again.
+
+`residual_norm` uses it without a cache (n = 1), as all transformers have it; `feature_cache` with
+one. Feature cache and gate: RepVideo (arXiv 2501.08994). Vectors of the text: CogVideoX
+(2408.06072).
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..common.front_door import (
-    autocast_dtype,
-    check_last_dim,
-    check_tensor,
-    is_int_or_symbol,
-    refuse_tangents,
-)
+from ..common.configs import RowConfig
+from ..common.front_door import autocast_dtype, refuse_tangents
+from ..common.jit import normalize_backward, statistics
+from ..common.launch import architecture
 from ..common.registration import define_op, refuse_double_backward
 from . import residual_norm_portable as portable
-from .configs import ROW_WISE
-from .residual_norm_kernels import empty_bwd, empty_fwd, given, launch_bwd, launch_fwd, widest
+from .arguments import (
+    Modulation,
+    check_affine,
+    check_eps,
+    check_like,
+    check_norm,
+    check_rows,
+    check_text,
+    has_vector_per_token,
+    modulation_vectors,
+)
+from .configs import ROW_WISE, lookup
+from .operands import flat, none_if_absent
+from .residual_norm_operands import Backward, Forward, empty_bwd, empty_fwd, widest_dtype
+from .rows import (
+    constants,
+    contiguous_rows,
+    count_programs,
+    load_columns,
+    load_rows,
+    load_stats,
+    rows_of,
+    store_rows,
+    store_stats,
+)
 
-NORMS = ("layer", "rms")
 MAX_ROW = max(ROW_WISE["residual_norm_bwd"])
+TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+SIZES = ("n_batch", "n_tokens", "text_length", "n_entries")  # compiled once for all values
 
 
-class Modulation(NamedTuple):
-    """What the text tokens have for their own: each [D], [B, D], [B, 1, D] or, per token,
-    [B, text_length, D]; any floating dtype, any strides with a contiguous last dim."""
-
-    gate: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-
-
-class Cached(NamedTuple):
-    """What a feature cache adds to `run`."""
-
-    gate: Tensor  # one element
-    n_entries: int  # at least 2
-    entries: list[Tensor]  # their sum and y are the new total
-    older: list[Tensor]  # what backward reads in place of entries, if any
-    sum_dtype: torch.dtype
-    keep_total: bool
+@triton.jit
+def _rows_of_program(pid, n_tokens, text_length, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Batch row, whether its rows are text, first of them, and end."""
+    n_text = tl.cdiv(text_length, ROWS * TILES)
+    n_chunks = n_text + tl.cdiv(n_tokens - text_length, ROWS * TILES)
+    batch = (pid // n_chunks).to(tl.int64)
+    chunk = pid % n_chunks
+    is_text = chunk < n_text
+    first = tl.where(is_text, 0, text_length - n_text * ROWS * TILES) + chunk * ROWS * TILES
+    end = tl.minimum(first + ROWS * TILES, tl.where(is_text, text_length, n_tokens))
+    return batch, is_text, first, end
 
 
-def _portable_fwd(
-    x, f, entries, older, cache_gate, gate, scale, shift, weight, bias, text_length, n_entries,
-    norm, eps, a_dtype, sum_dtype, keep_total, keep_y,
+@triton.jit
+def _load_vector(vectors, default, is_text, at, ACC: tl.constexpr):
+    """The gate, scale or shift of the program's modality, ``default`` if there is none.
+
+    [1, BLOCK_D], or [ROWS, BLOCK_D] with a vector for each token.
+    """
+    if len(vectors) == 0:
+        vector = tl.full([1, 1], default, ACC)
+    elif len(vectors) == 1:
+        vector = load_rows(vectors[0], at, ACC)
+    elif is_text:
+        vector = load_rows(vectors[1], at, ACC)
+    else:
+        vector = load_rows(vectors[0], at, ACC)
+    return vector
+
+
+@triton.jit
+def _load_total(entries, y, at, ACC: tl.constexpr, SUM: tl.constexpr):
+    """The entries and y added one by one, as a running sum adds them."""
+    total = load_rows(entries[0], at, ACC)
+    for i in tl.static_range(1, len(entries)):
+        total = (total + load_rows(entries[i], at, ACC)).to(SUM).to(ACC)
+    return (total + y).to(SUM).to(ACC)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _residual_norm_fwd_kernel(
+    x_rows, f_rows, entries, cache_gate_ptr, gates, scales, shifts, weight_ptr, bias_ptr,
+    h_ptr, a_ptr, total_ptr, y_ptr,
+    stats_ptr,  # [2, B, T]: mean, rstd
+    n_batch, n_tokens, text_length, n_entries,
+    eps: tl.float64,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    IS_RMS: tl.constexpr, PER_TOKEN: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    if norm == "layer" and f is None and cache_gate is None:
-        empty = x.new_empty(0), x.new_empty(0, dtype=sum_dtype), x.new_empty(0)
-        if not (scale or shift):
-            a, stats = portable.layer_norm(x, weight, bias, eps, a_dtype)
-            return empty[0], a, *empty[1:], stats
-        if len(scale) < 2 and len(shift) < 2 and a_dtype == x.dtype:
-            scale_, shift_ = (vectors[0] if vectors else None for vectors in (scale, shift))
-            if portable.is_small(x, scale_, shift_, weight, bias):
-                a, stats = portable.small_layer_norm(x, weight, bias, scale_, shift_, eps)
-                return empty[0], a, *empty[1:], stats
-    results = empty_fwd(
-        x, f, entries, older, cache_gate, gate, scale, shift, weight, bias, text_length, n_entries,
-        norm, eps, a_dtype, sum_dtype, keep_total, keep_y,
-    )  # fmt: skip
-    portable.residual_norm_fwd(
-        *map(given, results), x, f, entries, cache_gate, gate, scale, shift, weight, bias,
-        text_length, n_entries, norm == "rms", eps, sum_dtype,
-    )  # fmt: skip
+    pid = tl.program_id(0)
+    batch, is_text, first, end = _rows_of_program(  # pyright: ignore
+        pid, n_tokens, text_length, ROWS, TILES
+    )
+    first_token = tl.where(is_text, 0, text_length)  # of the modality
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    is_col = cols < D
+    dtype = x_rows[0].dtype.element_ty
+
+    weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
+    bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
+    if not PER_TOKEN:  # scale and shift, which all rows share, are folded into weight and bias
+        shared = (batch, tl.zeros([1, 1], tl.int32), cols, is_col)
+        gate = _load_vector(gates, 1.0, is_text, shared, ACC)
+        factor = 1 + _load_vector(scales, 0.0, is_text, shared, ACC)
+        weight, bias = weight * factor, bias * factor
+        if len(shifts):
+            bias += _load_vector(shifts, 0.0, is_text, shared, ACC)
+    if cache_gate_ptr is not None:
+        g = tl.load(cache_gate_ptr).to(ACC)
+
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & is_col
+        at = (batch, row, cols, mask)
+        at_token = (batch, row - first_token, cols, mask)
+        y = load_rows(x_rows, at, ACC)
+        if f_rows is not None:
+            f = load_rows(f_rows, at, ACC)
+            if PER_TOKEN:
+                gate = _load_vector(gates, 1.0, is_text, at_token, ACC)
+            y = (y + gate * f).to(dtype).to(ACC)
+        if y_ptr is not None:
+            store_rows(y_ptr, y, at, n_tokens, D)
+        h = y
+        if cache_gate_ptr is not None:
+            total = _load_total(entries, y, at, ACC, SUM)
+            if total_ptr is not None:
+                store_rows(total_ptr, total, at, n_tokens, D)
+            h = (g / n_entries * total + (1 - g) * y).to(dtype).to(ACC)
+        if h_ptr is not None:
+            store_rows(h_ptr, h, at, n_tokens, D)
+        if a_ptr is not None:
+            mean, rstd = statistics(h, is_col, D, eps, IS_RMS)  # pyright: ignore
+            store_stats(stats_ptr, mean, rstd, batch, row, end, n_batch, n_tokens)
+            a = (h - mean) * rstd * weight + bias
+            if PER_TOKEN:
+                a *= 1 + _load_vector(scales, 0.0, is_text, at_token, ACC)
+                if len(shifts):
+                    a += _load_vector(shifts, 0.0, is_text, at_token, ACC)
+            store_rows(a_ptr, a, at, n_tokens, D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _residual_norm_bwd_kernel(
+    dh_rows, da_rows, dtotal_rows, dy_rows, y_rows, stats_ptr, f_rows, entries, cache_gate_ptr,
+    gates, scales, weight_ptr, bias_ptr,
+    dx_ptr, df_ptr, dentries_ptr, dgate_ptr, dscale_ptr,
+    partials_ptr,  # [programs, 1 to 3, D]: sums of da and da * xhat; of dy * f
+    dcache_gate_ptr,  # [programs]
+    n_batch, n_tokens, text_length, n_entries,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    IS_RMS: tl.constexpr, PER_TOKEN: tl.constexpr, SUM_AFFINE: tl.constexpr, ACC: tl.constexpr,
+    SUM: tl.constexpr,
+):  # fmt: skip
+    """Without a cache ``y_rows`` is h, which equals y.
+
+    With PER_TOKEN, dgate and dscale are written row by row, and the sums of da, from which dweight
+    and dbias follow, include the factor 1 + scale. Without it they do not, and dscale and dshift
+    follow from them as well.
+    """
+    pid = tl.program_id(0)
+    batch, is_text, first, end = _rows_of_program(  # pyright: ignore
+        pid, n_tokens, text_length, ROWS, TILES
+    )
+    first_token = tl.where(is_text, 0, text_length)
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    is_col = cols < D
+    dtype = y_rows[0].dtype.element_ty
+
+    weight = load_columns(weight_ptr, cols, is_col, 1.0, ACC)
+    if PER_TOKEN:
+        bias = load_columns(bias_ptr, cols, is_col, 0.0, ACC)
+    else:
+        shared = (batch, tl.zeros([1, 1], tl.int32), cols, is_col)
+        gate = _load_vector(gates, 1.0, is_text, shared, ACC)
+        weight *= 1 + _load_vector(scales, 0.0, is_text, shared, ACC)
+    if cache_gate_ptr is not None:
+        g = tl.load(cache_gate_ptr).to(ACC)
+    sum_da = tl.zeros([1, BLOCK_D], ACC)
+    sum_da_xhat = tl.zeros([1, BLOCK_D], ACC)
+    sum_dgate = tl.zeros([1, BLOCK_D], ACC)
+    dg = tl.zeros([ROWS, 1], ACC)
+
+    for start in range(first, end, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & is_col
+        at = (batch, row, cols, mask)
+        at_token = (batch, row - first_token, cols, mask)
+        y = load_rows(y_rows, at, ACC)
+        h = y
+        if cache_gate_ptr is not None:
+            total = _load_total(entries, y, at, ACC, SUM)
+            h = (g / n_entries * total + (1 - g) * y).to(dtype).to(ACC)
+        dh = load_rows(dh_rows, at, ACC)
+        if da_rows is not None:
+            mean, rstd = load_stats(stats_ptr, batch, row, end, n_batch, n_tokens)  # pyright: ignore
+            xhat = tl.where(is_col, (h - mean) * rstd, 0.0)
+            da = load_rows(da_rows, at, ACC)
+            if dscale_ptr is not None:
+                store_rows(dscale_ptr, da * (xhat * weight + bias), at, n_tokens, D)
+            if PER_TOKEN:
+                da *= 1 + _load_vector(scales, 0.0, is_text, at_token, ACC)
+            dh += normalize_backward(da * weight, xhat, rstd, is_col, D, IS_RMS)
+            if SUM_AFFINE:
+                sum_da += tl.sum(da, axis=0, keep_dims=True)
+                sum_da_xhat += tl.sum(da * xhat, axis=0, keep_dims=True)
+        dy = dh
+        if cache_gate_ptr is not None:
+            dg += tl.sum(dh * (total / n_entries - y), axis=1, keep_dims=True)
+            dtotal = g / n_entries * dh
+            if dtotal_rows is not None:
+                dtotal += load_rows(dtotal_rows, at, ACC)
+            if dentries_ptr is not None:
+                store_rows(dentries_ptr, dtotal, at, n_tokens, D)
+            dy = (1 - g) * dh + dtotal
+        if dy_rows is not None:
+            dy += load_rows(dy_rows, at, ACC)
+        store_rows(dx_ptr, dy, at, n_tokens, D)
+        if df_ptr is not None:
+            if PER_TOKEN:
+                gate = _load_vector(gates, 1.0, is_text, at_token, ACC)
+            store_rows(df_ptr, gate * dy, at, n_tokens, D)
+        if f_rows is not None:
+            dgate = dy * load_rows(f_rows, at, ACC)
+            if PER_TOKEN:
+                store_rows(dgate_ptr, dgate, at, n_tokens, D)
+            else:
+                sum_dgate += tl.sum(dgate, axis=0, keep_dims=True)
+
+    SUM_GATE: tl.constexpr = f_rows is not None and not PER_TOKEN
+    if SUM_AFFINE or SUM_GATE:
+        partials_ptr += pid.to(tl.int64) * (2 * SUM_AFFINE + SUM_GATE) * D + cols
+    if SUM_AFFINE:
+        tl.store(partials_ptr, sum_da, mask=is_col)
+        tl.store(partials_ptr + D, sum_da_xhat, mask=is_col)
+    if SUM_GATE:
+        tl.store(partials_ptr + 2 * SUM_AFFINE * D, sum_dgate, mask=is_col)
+    if cache_gate_ptr is not None:
+        tl.store(dcache_gate_ptr + pid, tl.sum(dg))
+
+
+def _launch_fwd(args: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `empty_fwd` allocates, filled."""
+    results = empty_fwd(args)
+    n_batch, n_tokens, n_cols = args.x.shape
+    config = lookup("residual_norm_fwd", n_cols, architecture(args.x))
+    n_programs = n_batch * sum(_programs_of_modalities(args.text_length, n_tokens, config))
+    if n_programs:
+        _residual_norm_fwd_kernel[(n_programs,)](
+            rows_of(args.x), rows_of(args.f), _all_rows(args.entries), args.cache_gate,
+            *map(_all_rows, (args.gate, args.scale, args.shift)), args.weight, args.bias,
+            *map(none_if_absent, results),
+            n_batch, n_tokens, args.text_length, args.n_entries, args.eps,
+            IS_RMS=args.norm == "rms",
+            PER_TOKEN=has_vector_per_token([*args.gate, *args.scale, *args.shift]),
+            SUM=TRITON_DTYPES[args.sum_dtype], **constants(n_cols, args.x.dtype, config),
+        )  # fmt: skip
     return results
 
 
-def _portable_bwd(
-    dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale, weight, bias,
-    text_length, n_entries, norm, f_dtype, entries_dtype, sum_dtype, need_f, need_entries,
-    need_scale, need_affine, per_sample,
-):  # fmt: skip
-    is_whole = (
-        norm == "layer" and cache_gate is None and not (gate or per_sample) and len(scale) < 2
-        and da is not None and da.dtype == y.dtype == stats.dtype
-        and (not scale or portable.is_small(y, *scale))
-    )  # fmt: skip
-    results = empty_bwd(  # PyTorch makes dx and dscale of a whole: nothing is there to be filled
-        dh, da, dtotal, dy, y[:, :0] if is_whole else y, stats, f, entries, cache_gate, gate, scale,
-        weight, bias, text_length, n_entries, norm, f_dtype, entries_dtype, sum_dtype, need_f,
-        need_entries, need_scale and not is_whole, need_affine, per_sample,
-    )  # fmt: skip
-    if is_whole:
-        _, df, dentries, dcache_gate, dgate, dscale, sums = results
-        dx, found = portable.layer_norm_gradients(
-            given(sums), dh, da, dy, y, stats, *scale or [None], weight, bias, need_scale
-        )
-        dscale = dscale if found is None else found
-        return dx, df, dentries, dcache_gate, dgate, dscale, sums
-    portable.residual_norm_bwd(
-        *map(given, results), dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale,
-        weight, bias, text_length, n_entries, norm == "rms", sum_dtype, need_affine,
-    )  # fmt: skip
+def _launch_bwd(
+    args: Backward,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `empty_bwd` allocates, filled."""
+    results = empty_bwd(args)
+    dx, df, dentries, dcache_gate, dgate, dscale, sums = map(none_if_absent, results)
+    y = args.y
+    n_batch, n_tokens, n_cols = y.shape
+    config = lookup("residual_norm_bwd", n_cols, architecture(y))
+    n_text, n_video = _programs_of_modalities(args.text_length, n_tokens, config)
+    n_programs = n_batch * (n_text + n_video)
+    partials, partials_of_gate = None, None
+    if sums is not None:
+        partials = sums.new_empty(n_batch, n_text + n_video, *sums.shape[2:])
+    if dcache_gate is not None:
+        partials_of_gate = dcache_gate.new_empty(n_programs)
+    if n_programs:
+        upstream = map(contiguous_rows, (args.dh, args.da, args.dtotal, args.dy))
+        _residual_norm_bwd_kernel[(n_programs,)](
+            *map(rows_of, upstream), rows_of(y), args.stats, rows_of(args.f),
+            _all_rows(args.entries), args.cache_gate, _all_rows(args.gate), _all_rows(args.scale),
+            args.weight, args.bias,
+            dx, df, dentries, dgate, dscale, partials, partials_of_gate,
+            n_batch, n_tokens, args.text_length, args.n_entries,
+            IS_RMS=args.norm == "rms", PER_TOKEN=has_vector_per_token([*args.gate, *args.scale]),
+            SUM_AFFINE=args.need_affine, SUM=TRITON_DTYPES[args.sum_dtype],
+            **constants(n_cols, y.dtype, config),
+        )  # fmt: skip
+    if partials_of_gate is not None:
+        torch.sum(partials_of_gate, dim=0, out=dcache_gate)
+    if partials is not None and sums is not None:
+        of_modalities = partials[:, n_text:], partials[:, :n_text]
+        for of_programs, out in zip(of_modalities, sums, strict=False):
+            if not args.per_sample:
+                of_programs = of_programs.flatten(0, 1)[None]
+            torch.sum(of_programs, dim=1, out=out)
     return results
 
 
-forward_op = define_op("residual_norm_fwd", launch_fwd, _portable_fwd, empty_fwd)
-backward_op = define_op("residual_norm_bwd", launch_bwd, _portable_bwd, empty_bwd)
+def _programs_of_modalities(n_text: int, n_tokens: int, config: RowConfig) -> tuple[int, int]:
+    """How many programs a batch row takes, for its text and for its other tokens."""
+    return count_programs(n_text, config), count_programs(n_tokens - n_text, config)
+
+
+def _all_rows(tensors: list[Tensor]) -> tuple:
+    return tuple([rows_of(x) for x in tensors])
+
+
+forward_op = define_op(
+    "residual_norm_fwd", flat(_launch_fwd), flat(portable.residual_norm_fwd), flat(empty_fwd)
+)
+backward_op = define_op(
+    "residual_norm_bwd", flat(_launch_bwd), flat(portable.residual_norm_bwd), flat(empty_bwd)
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, f, entries, older, cache_gate, gate, scale, shift, weight, bias, *options = inputs
-    ctx.text_length, ctx.n_entries, ctx.norm, _, _, ctx.sum_dtype, *_ = options
-    ctx.f_dtype = x.dtype if f is None else f.dtype
-    ctx.entry_dtypes, ctx.n_older = [entry.dtype for entry in entries], len(older)
-    y = x if f is None else output[0] if cache_gate is None else output[3]
-    if given(y) is None:
+    args = Forward._make(inputs)
+    h, _, _, y, stats = output
+    y = args.x if args.f is None else h if args.cache_gate is None else y
+    if none_if_absent(y) is None:
         raise RuntimeError(
             "residual_norm_fwd: traced without gradients, it keeps nothing for a backward;"
             " trace it with inputs that require them"
         )
-    f = f if any(v.requires_grad for v in gate) else None  # only dgate reads it
-    groups = gate, scale, shift, older or entries
+    ctx.text_length, ctx.n_entries, ctx.norm = args.text_length, args.n_entries, args.norm
+    ctx.f_dtype = args.x.dtype if args.f is None else args.f.dtype
+    ctx.sum_dtype = args.sum_dtype
+    ctx.entry_dtypes, ctx.n_older = [entry.dtype for entry in args.entries], len(args.older)
+    f = args.f if any(v.requires_grad for v in args.gate) else None  # only dgate reads it
+    groups = args.gate, args.scale, args.shift, args.older or args.entries
     ctx.n_saved = [len(group) for group in groups]
-    stats = given(output[4])
     vectors = (v for group in groups for v in group)
-    ctx.save_for_backward(y, stats, f, cache_gate, weight, bias, *vectors)
-    ctx.mark_non_differentiable(output[4])
+    ctx.save_for_backward(
+        y, none_if_absent(stats), f, args.cache_gate, args.weight, args.bias, *vectors
+    )
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dh, da, dtotal, dy, _):
-    dh, da, dtotal, dy = (g if g is None else given(g) for g in (dh, da, dtotal, dy))
+    dh, da, dtotal, dy = (g if g is None else none_if_absent(g) for g in (dh, da, dtotal, dy))
     y, stats, f, cache_gate, weight, bias, *rest = ctx.saved_tensors
     gate, scale, shift, entries = ([rest.pop(0) for _ in range(n)] for n in ctx.n_saved)
-    # x, f, entries, older, cache_gate, gate, scale, shift, weight, bias
-    _, need_f, need_entries, _, _, _, need_scale, need_shift, *need_weights = [
-        any(need) if isinstance(need, list) else need for need in ctx.needs_input_grad[:10]
-    ]
-    is_per_token = portable.has_vector_per_token([*gate, *scale, *shift])
-    need_vectors = not is_per_token and (need_scale or need_shift)
-    need_affine = da is not None and (any(need_weights) or need_vectors)
-    per_sample = not is_per_token and any(ctx.n_saved[:3])
+    need: Any = Forward._make(ctx.needs_input_grad)  # of bools
+    need_scale, need_weights = any(need.scale), need.weight or need.bias
+    is_per_token = has_vector_per_token([*gate, *scale, *shift])
+    need_vectors = not is_per_token and (need_scale or any(need.shift))
+    need_affine = da is not None and (need_weights or need_vectors)
     dx, df, dentries, dcache_gate, dgate, dscale, sums = map(
-        given,
+        none_if_absent,
         backward_op(
             dh, da, dtotal, dy, y, stats, f, entries, cache_gate, gate, scale, weight, bias,
             ctx.text_length, ctx.n_entries, ctx.norm, ctx.f_dtype,
-            widest(ctx.entry_dtypes or [y.dtype]), ctx.sum_dtype,
-            need_f and bool(gate), need_entries, need_scale and da is not None,
-            need_affine, per_sample,
+            widest_dtype(ctx.entry_dtypes or [y.dtype]), ctx.sum_dtype,
+            need.f and bool(gate), any(need.entries), need_scale and da is not None,
+            need_affine, not is_per_token and any(ctx.n_saved[:3]),
         ),
     )  # fmt: skip
     dweight, dbias = None, None
-    if need_affine and any(need_weights):
+    if need_affine and need_weights:
         assert sums is not None
         dweight, dbias = _gradients_of_weights(sums, [] if is_per_token else scale)
     if is_per_token:
@@ -168,7 +415,7 @@ def _backward(ctx, dh, da, dtotal, dy, _):
         dgates, dscales, dshifts = _gradients_of_vectors(sums, need_affine, weight, bias)
     return (
         dx,
-        _like(ctx.f_dtype, dx if df is None else df) if need_f else None,
+        _like(ctx.f_dtype, dx if df is None else df) if need.f else None,
         [_like(dtype, dentries) for dtype in ctx.entry_dtypes],
         [None] * ctx.n_older,
         None if dcache_gate is None else dcache_gate.to(cache_gate.dtype).view(cache_gate.shape),
@@ -182,7 +429,7 @@ def _backward(ctx, dh, da, dtotal, dy, _):
 
 
 def _gradients_of_weights(sums: Tensor, scale: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """dweight and dbias, from sums that lack the factor 1 + scale where ``scale`` is given."""
+    """dweight and dbias, from sums that lack the factor 1 + scale if ``scale`` is given."""
     sums = sums[:, :, :2]
     parts = [s * (1 + v.to(s.dtype)) for v, s in zip(scale, sums, strict=False)] or [*sums]
     dbias, dweight = sum(parts[1:], start=parts[0]).sum(dim=0)
@@ -192,10 +439,10 @@ def _gradients_of_weights(sums: Tensor, scale: list[Tensor]) -> tuple[Tensor, Te
 def _gradients_of_vectors(
     sums: Tensor | None, has_affine: bool, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[list, list, list]:
-    """Gradients [B, 1, D] of gate, scale and shift, of each modality."""
+    """dgate, dscale and dshift [B or 1, 1, D], each for the video tokens and for the text."""
     dgates: list[Tensor | None] = [None, None]
     dscales, dshifts = dgates.copy(), dgates.copy()
-    for i, s in enumerate(() if sums is None else sums):  # [B, 1 to 3, D]
+    for i, s in enumerate(() if sums is None else sums):  # [B or 1, 1 to 3, D]
         if has_affine:
             dshifts[i] = sum_da = s[:, 0:1]
             dscale = s[:, 1:2] if weight is None else s[:, 1:2] * weight
@@ -206,7 +453,7 @@ def _gradients_of_vectors(
 
 
 def _like(dtype: torch.dtype, grad: Tensor | None, n_batch: int | None = None) -> Tensor | None:
-    """``grad`` in ``dtype``, summed over the batch where that has one row for all."""
+    """``grad`` in ``dtype``, summed over the batch for a vector of one row, ``n_batch`` 1."""
     if grad is None:
         return None
     grad = grad.sum(dim=0, keepdim=True) if n_batch == 1 and len(grad) > 1 else grad
@@ -215,6 +462,20 @@ def _like(dtype: torch.dtype, grad: Tensor | None, n_batch: int | None = None) -
 
 forward_op.register_autograd(_backward, setup_context=_setup_context)
 refuse_double_backward(backward_op)
+
+
+class Cached(NamedTuple):
+    """The feature cache's part of the arguments of `run`."""
+
+    gate: Tensor | None = None  # one element; None without a cache
+    n_entries: int = 1  # at least 2 with a cache
+    entries: Sequence[Tensor] = ()
+    older: Sequence[Tensor] = ()
+    sum_dtype: torch.dtype = torch.float32
+    keep_total: bool = False
+
+
+NOT_CACHED = Cached()
 
 
 def run(
@@ -227,127 +488,41 @@ def run(
     bias: Tensor | None = None,
     norm: str = "",
     eps: float = 0.0,
-    cached: Cached | None = None,
+    cached: Cached = NOT_CACHED,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Checks, then the operator: h, a, total, y; None for a that has no norm, for what is not kept,
-    and for y where neither the caller nor backward needs it."""
-    gate, scale, shift = _prepare(x, f, own, text, text_length, weight, bias, norm, eps)
-    tensors = [x, f, weight, bias, *gate, *scale, *shift]
-    keep_y = False
-    if cached is not None:
-        tensors += [cached.gate, *cached.entries]
-        if f is not None and torch.is_grad_enabled():
-            keep_y = any(t is not None and t.requires_grad for t in tensors)
-    refuse_tangents(*tensors)
-    h, a, total, y, _ = map(
-        given,
-        forward_op(
-            x, f, cached.entries if cached else [], cached.older if cached else [],
-            cached.gate if cached else None, gate, scale, shift, weight, bias, text_length,
-            cached.n_entries if cached else 1, norm, eps, autocast_dtype(x),
-            cached.sum_dtype if cached else x.dtype, cached.keep_total if cached else False, keep_y,
-        ),
-    )  # fmt: skip
-    h = x if h is None else h
-    return h, a, total, x if f is None else h if cached is None else y
+    """Runs the operator, after checks of all arguments but ``norm`` and ``cached``.
 
-
-def _prepare(
-    x: Tensor,
-    f: Tensor | None,
-    own: Modulation,
-    text: Modulation | None,
-    text_length: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-) -> list[list[Tensor]]:
-    """ValueError unless the kernels take these; the vectors of gate, scale and shift."""
-    check_tensor("x", x)
-    if x.ndim != 3 or not 1 <= x.shape[2] <= MAX_ROW:
-        expected = f"[B, T, D] with D of 1 to {MAX_ROW}"
-        raise ValueError(f"x: expected shape {expected}, got {list(x.shape)}")
-    check_last_dim("x", x)
+    Returns:
+        h.
+        a: None without a norm, ``norm`` "".
+        total: None unless it is to be kept.
+        y: None if neither the caller nor backward needs it.
+    """
+    check_rows(x, MAX_ROW)
     if f is not None:
         check_like("f", f, x)
     if f is None and own.gate is not None:
         raise ValueError("gate: expected None without f, got a tensor")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None:
-            check_columns(name, vector, x)
-    if norm not in ("", *NORMS):
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm}")
-    if norm and not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected a finite number above 0, got {eps}")
-    n_tokens = x.shape[1]
-    if not is_int_or_symbol(text_length) or not 0 <= text_length <= n_tokens:
-        raise ValueError(f"text_length: expected 0 to {n_tokens} tokens, got {text_length}")
-    if text is None and text_length != 0:
-        raise ValueError(f"text: expected a Modulation for {text_length} text tokens, got None")
-    kinds: list[list[Tensor]] = []
-    is_per_token = False
-    for name, vector, of_text in zip(Modulation._fields, own, text or own, strict=True):
-        if (vector is None) != (of_text is None):
-            expected = "None" if vector is None else "a tensor"
-            raise ValueError(f"text.{name}: expected {expected} as {name} is, got the other")
-        vectors: list[Tensor] = []
-        if vector is not None:
-            vectors.append(as_vectors(name, vector, x, n_tokens - text_length))
-            if text is not None and of_text is not None:
-                vectors.append(as_vectors(f"text.{name}", of_text, x, text_length))
-            is_per_token = is_per_token or portable.has_vector_per_token(vectors)
-        kinds.append(vectors)
-    if is_per_token:
-        sizes = n_tokens - text_length, text_length
-        kinds = [
-            [expand_vectors(v, x.shape[0], n) for v, n in zip(vectors, sizes, strict=False)]
-            for vectors in kinds
-        ]
-    return kinds
-
-
-def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    """ValueError unless the kernels can read ``tensor`` beside ``x``."""
-    check_tensor(name, tensor, ("x", x))
-    if tensor.shape != x.shape:
-        raise ValueError(
-            f"{name}: expected shape {list(x.shape)} as x has, got {list(tensor.shape)}"
-        )
-    check_last_dim(name, tensor)
-
-
-def check_columns(name: str, vector: Tensor, x: Tensor) -> None:
-    """ValueError unless ``vector`` is [D], as the rows of ``x`` are long."""
-    check_tensor(name, vector, ("x", x))
-    if vector.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: expected shape [{x.shape[-1]}], got {list(vector.shape)}")
-    check_last_dim(name, vector)
-
-
-def as_vectors(name: str, v: Tensor, x: Tensor, n_tokens: int) -> Tensor:
-    """A view [B or 1, n_tokens or 1, D]."""
-    check_tensor(name, v, ("x", x))
-    n_batch, _, n_cols = x.shape
-    given_shape = v.shape
-    v = v[None, None] if v.ndim == 1 else v[:, None] if v.ndim == 2 else v
-    if (
-        v.ndim != 3
-        or v.shape[0] not in (1, n_batch)
-        or v.shape[1] not in (1, n_tokens)
-        or v.shape[2] != n_cols
-    ):
-        expected = f"[{n_cols}], [{n_batch}, {n_cols}] or [{n_batch}, 1 or {n_tokens}, {n_cols}]"
-        raise ValueError(f"{name}: expected shape {expected}, got {list(given_shape)}")
-    check_last_dim(name, v)
-    return v
-
-
-def expand_vectors(v: Tensor, n_batch: int, n_tokens: int) -> Tensor:
-    """[n_batch, n_tokens, D]: ``v`` itself where it is that already, which most often it is."""
-    if v.shape[0] == n_batch and v.shape[1] == n_tokens:
-        return v
-    return v.expand(n_batch, n_tokens, -1)
+    check_affine(weight, bias, x)
+    if norm:
+        check_eps(eps)
+    check_text(text, text_length, x.shape[1])
+    gate, scale, shift = modulation_vectors(own, text, text_length, x)
+    tensors = x, f, weight, bias, *gate, *scale, *shift, cached.gate, *cached.entries
+    refuse_tangents(*tensors)
+    keep_y = False
+    if f is not None and cached.gate is not None and torch.is_grad_enabled():
+        keep_y = any(t is not None and t.requires_grad for t in tensors)
+    h, a, total, y, _ = map(
+        none_if_absent,
+        forward_op(
+            x, f, cached.entries, cached.older, cached.gate, gate, scale, shift, weight, bias,
+            text_length, cached.n_entries, norm, eps, autocast_dtype(x), cached.sum_dtype,
+            cached.keep_total, keep_y,
+        ),
+    )  # fmt: skip
+    h = x if h is None else h
+    return h, a, total, x if f is None else h if cached.gate is None else y
 
 
 def residual_norm(
@@ -369,21 +544,22 @@ def residual_norm(
     Args:
         x, f: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim. Without f, h is x.
         gate, scale, shift: [D], [B, D], [B, 1, D], or [B, T - text_length, D] for a vector per
-            token; any floating dtype, read in place. What is None is left out.
-        text: the same for the first ``text_length`` tokens of each batch row; None where the
-            arguments above are None.
-        norm: "layer" or "rms".
+            token; any floating dtype, read in place. None leaves one out.
+        text: the same for the first ``text_length`` tokens of each batch row; None in the same
+            places.
+        weight, bias: any floating dtype.
+        norm: "layer" or "rms"; statistics in fp32 (fp64 for fp64).
+        eps: added to the mean square.
 
     Returns:
         h: in the dtype of x, rounded to it before the norm reads it. x itself without f.
-        a: in the dtype of x, or that which autocast asks for.
+        a: in the dtype of x, or the one that autocast asks for.
 
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit.
         NotImplementedError: double backward, forward-mode derivatives.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+    check_norm(norm)
     own = Modulation(gate, scale, shift)
     h, a, _, _ = run(x, f, own, text, text_length, weight, bias, norm, eps)
     assert a is not None

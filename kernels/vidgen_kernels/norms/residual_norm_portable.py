@@ -1,9 +1,10 @@
-"""Residual, feature cache, norm and modulation on a CPU, on chunks of rows that stay cached.
+"""`residual_norm` and `feature_cache` on a CPU, in one pass or in chunks that stay in the cache.
 
-A LayerNorm of few rows, and the gradient of a plain one, are one pass over all of them. A chunk
-holds tokens of one batch row and one modality, so its vectors are rows [1, D]; weight, scale, bias
-and shift fold into one product and one sum, which PyTorch's LayerNorm takes as its own. Its
-backward gives the sums over columns as well.
+A plain LayerNorm, or a modulated one of few rows, and the gradient of either, take one pass over
+all rows. All else goes through the formulas of `residual_norm.py` one chunk of rows at a time. The
+tokens of a chunk are of one batch row and one modality. If they share their vectors, scale and
+shift are folded into weight and bias of PyTorch's LayerNorm, whose backward then gives the sums
+over the rows as well.
 """
 
 from collections.abc import Iterator
@@ -12,28 +13,108 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**19  # 2 MB in fp32: calls cost more than a larger cache saves
-WHOLE_ELEMENTS = 2**22  # up to here new memory for every chunk costs more than a cache saves
+from .arguments import has_vector_per_token
+from .operands import absent, accumulator, none_if_absent
+from .residual_norm_operands import Backward, Forward, empty_bwd, empty_fwd
+from .rows_portable import (
+    fill_stats,
+    is_small,
+    layer_norm_backward,
+    normalize,
+    normalize_again,
+    rms_norm_backward,
+    rows_per_chunk,
+    small_layer_norm,
+    stack_stats,
+)
 
-_layer_norm = torch.native_layer_norm
-_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
+def residual_norm_fwd(args: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `empty_fwd` allocates, filled."""
+    x, scale, shift = args.x, args.scale, args.shift
+    if args.norm == "layer" and args.f is None and args.cache_gate is None:
+        if not (scale or shift):
+            a, stats = _whole_layer_norm(x, args.weight, args.bias, args.eps, args.a_dtype)
+            return absent(x), a, absent(x), absent(x), stats
+        if len(scale) < 2 and len(shift) < 2 and args.a_dtype == x.dtype:
+            vectors = args.weight, args.bias, *(v[0] if v else None for v in (scale, shift))
+            if is_small(x, *vectors):
+                a, stats = small_layer_norm(x, *vectors, args.eps)
+                return absent(x), a, absent(x), absent(x), stats
+    results = empty_fwd(args)
+    _forward_by_chunks(args, *map(none_if_absent, results))
+    return results
 
 
-class Chunk(NamedTuple):
+def residual_norm_bwd(
+    args: Backward,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `empty_bwd` allocates, filled."""
+    y, da, scale = args.y, args.da, args.scale
+    if (
+        args.norm == "layer"
+        and da is not None
+        and args.stats is not None
+        and args.cache_gate is None
+        and not (args.gate or args.per_sample)
+        and len(scale) < 2
+        and da.dtype == y.dtype == args.stats.dtype
+        and (not scale or is_small(y, *scale))
+    ):
+        return _whole_layer_norm_backward(args, da, args.stats)
+    results = empty_bwd(args)
+    _backward_by_chunks(args, *map(none_if_absent, results))  # pyright: ignore
+    return results
+
+
+def _whole_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own, and its stats [2, B, T], which a weight in fp32 keeps in fp32."""
+    acc = accumulator(x)
+    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
+    if weight is None and x.dtype != acc:
+        weight = x.new_ones(x.shape[-1], dtype=acc)
+    a, mean, rstd = normalize(x if x.dtype == dtype else x.to(acc), weight, bias, False, eps)
+    return a.to(dtype), stack_stats(mean, rstd)
+
+
+def _whole_layer_norm_backward(
+    args: Backward, da: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All of `residual_norm_bwd` for a norm alone; its scale, if any, is per token."""
+    h, scale = args.y, args.scale[0] if args.scale else None
+    mean, rstd = stats[..., None]
+    weight, bias = (None if v is None else v.to(stats.dtype) for v in (args.weight, args.bias))
+    sums, dscale = absent(h), absent(h)
+    if args.need_affine:
+        sums = stats.new_zeros(1 + (args.text_length > 0), 1, 2, h.shape[2])
+    if scale is not None:
+        if args.need_scale:
+            dscale = normalize_again(h, mean, rstd, weight, bias).mul_(da)
+        da = torch.addcmul(da, da, scale)
+    dx = layer_norm_backward(da, h, mean, rstd, weight, sums[0, 0] if args.need_affine else None)
+    for other in (args.dh, args.dy):
+        dx = dx if other is None else dx.add_(other)
+    return dx, absent(h), absent(h), absent(h), absent(h), dscale, sums
+
+
+class _Chunk(NamedTuple):
     batch: int
     modality: int  # 0: video, 1: text
     rows: slice  # of the batch row
     tokens: slice  # of the modality
 
     def of(self, x: Tensor) -> Tensor:
+        """Its rows of ``x`` [B, T, D]."""
         return x[self.batch, self.rows]
 
     def sums(self, x: Tensor) -> Tensor:
-        """Where the sums over columns go: one place where all batch rows share their vectors."""
+        """Where in ``x`` [modalities, B or 1, 1 to 3, D] its sums over columns are added."""
         return x[self.modality, self.batch % x.shape[1]]
 
     def vector(self, vectors: list[Tensor]) -> Tensor | None:
-        """[1, D], or [rows, D] where every token has its own."""
+        """Its vector [1, D], or [rows, D] if every token has its own."""
         if not vectors:
             return None
         v = vectors[self.modality % len(vectors)]
@@ -41,234 +122,118 @@ class Chunk(NamedTuple):
         return v[self.tokens] if len(v) > 1 else v
 
 
-class Modulation(NamedTuple):
-    """``xhat * weight + bias``, times ``1 + scale``, plus ``shift``; the latter two per token."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's own, and its mean and rstd [2, B, T]. A weight in fp32 keeps these there."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    if weight is None and x.dtype != acc:
-        weight = x.new_ones(x.shape[-1], dtype=acc)
-    x = x if x.dtype == dtype else x.to(acc)
-    a, mean, rstd = _layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return a.to(dtype), stack_stats(mean, rstd)
+def _chunks(x: Tensor, text_length: int) -> Iterator[_Chunk]:
+    n_batch, n_tokens, n_cols = x.shape
+    step = rows_per_chunk(n_cols)
+    for batch in range(n_batch):
+        for modality, first, end in ((1, 0, text_length), (0, text_length, n_tokens)):
+            for start in range(first, end, step):
+                stop = min(start + step, end)
+                tokens = slice(start - first, stop - first)
+                yield _Chunk(batch, modality, slice(start, stop), tokens)
 
 
-def stack_stats(mean: Tensor, rstd: Tensor) -> Tensor:
-    """[2, B, T] of two [B, T, 1]."""
-    return torch.cat([mean, rstd]).view(2, *mean.shape[:-1])
-
-
-def small_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`layer_norm`, modulated, where `is_small`: its calls cost more than they compute."""
-    a, mean, rstd = _layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if scale is not None and scale.shape[1] != 1:
-        a.addcmul_(a, scale)  # no memory for 1 + scale of every token
-    elif scale is not None:
-        scale = scale + 1
-        if shift is not None:  # rounded once, as where it is folded into LayerNorm's weights
-            return torch.addcmul(shift, a, scale, out=a), stack_stats(mean, rstd)
-        a.mul_(scale)
-    if shift is not None:
-        a.add_(shift)
-    return a, stack_stats(mean, rstd)
-
-
-def is_small(x: Tensor, *others: Tensor | None) -> bool:
-    """Few elements, of one wide dtype."""
-    dtype = x.dtype
-    if dtype not in (torch.float32, torch.float64) or x.numel() > WHOLE_ELEMENTS:
-        return False
-    return all([v is None or v.dtype == dtype for v in others])
-
-
-def residual_norm_fwd(
+def _forward_by_chunks(
+    args: Forward,
     h_out: Tensor | None,
     a_out: Tensor | None,
     total_out: Tensor | None,
     y_out: Tensor | None,
-    stats_out: Tensor | None,  # [2, B, T]: mean, rstd
-    x: Tensor,
-    f: Tensor | None,
-    entries: list[Tensor],
-    cache_gate: Tensor | None,
-    gate: list[Tensor],
-    scale: list[Tensor],
-    shift: list[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    text_length: int,
-    n_entries: int,
-    is_rms: bool,
-    eps: float,
-    sum_dtype: torch.dtype,
+    stats_out: Tensor | None,
 ) -> None:
-    """Fills the outputs that are wanted."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    is_per_token = has_vector_per_token([*gate, *scale, *shift])
-    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
-    if cache_gate is None:
+    """Fills the outputs that are there."""
+    is_rms, acc = args.norm == "rms", accumulator(args.x)
+    is_per_token = has_vector_per_token([*args.gate, *args.scale, *args.shift])
+    weight, bias = (None if v is None else v.to(acc) for v in (args.weight, args.bias))
+    if args.cache_gate is None:
         y_out = h_out
-    for chunk in _chunks(x, text_length):
-        y = chunk.of(x)
-        if f is not None:
+    for chunk in _chunks(args.x, args.text_length):
+        y = chunk.of(args.x)
+        if args.f is not None:
             out = None if y_out is None else chunk.of(y_out)
-            y = _add_gated(y, chunk.vector(gate), chunk.of(f), out)
+            y = _add_gated(y, chunk.vector(args.gate), chunk.of(args.f), out)
         h = y
-        if cache_gate is not None:
+        if args.cache_gate is not None:
             assert h_out is not None
             out = None if total_out is None else chunk.of(total_out)
-            total = _total(chunk, entries, y, sum_dtype, out)
-            h = _mix(total, y, cache_gate.item(), n_entries, chunk.of(h_out))
+            total = _total(chunk, args.entries, y, args.sum_dtype, out)
+            h = _mix(total, y, args.cache_gate.item(), args.n_entries, chunk.of(h_out))
         if a_out is not None and stats_out is not None:
-            m = _modulation(chunk, weight, bias, scale, shift, is_per_token, acc)
+            m = _fold(chunk, weight, bias, args.scale, args.shift, is_per_token, acc)
             a = chunk.of(a_out)
             stats = stats_out[:, chunk.batch, chunk.rows]
-            if m.scale is None and m.shift is None:
-                _fill_norm(a, stats, h, m.weight, m.bias, is_rms, eps)
+            if m.factor is None and m.shift is None:
+                _fill_norm(a, stats, h, m.weight, m.bias, is_rms, args.eps)
                 continue
-            n, mean, rstd = normalize(h.to(acc), m.weight, m.bias, is_rms, eps)
+            n, mean, rstd = normalize(h.to(acc), m.weight, m.bias, is_rms, args.eps)
             fill_stats(stats, mean, rstd, is_rms)
-            n = n if m.scale is None else n.mul_(m.scale)
+            n = n if m.factor is None else n.mul_(m.factor)
             a.copy_(n) if m.shift is None else torch.add(n, m.shift, out=a)
 
 
-def layer_norm_gradients(
-    sums: Tensor | None,
-    dh: Tensor | None,
-    da: Tensor,
-    dy: Tensor | None,
-    h: Tensor,
-    stats: Tensor,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """dx and dscale of a LayerNorm whose ``scale``, if any, has a vector for every token; fills the
-    sums [modalities, 1, 2, D]. One pass over all rows."""
-    mean, rstd = stats[..., None]
-    weight, bias = (None if v is None else v.to(stats.dtype) for v in (weight, bias))
-    if sums is not None:
-        sums.zero_()
-    dscale = None
-    if scale is not None:
-        if need_scale:
-            dscale = normalize_again(h, mean, rstd, weight, bias).mul_(da)
-        da = torch.addcmul(da, da, scale)
-    dx = layer_norm_backward(da, h, mean, rstd, weight, None if sums is None else sums[0, 0])
-    for other in (dh, dy):
-        dx = dx if other is None else dx.add_(other)
-    return dx, dscale
-
-
-def residual_norm_bwd(
+def _backward_by_chunks(
+    args: Backward,
     dx_out: Tensor,
     df_out: Tensor | None,
     dentries_out: Tensor | None,
     dcache_gate_out: Tensor | None,
     dgate_out: Tensor | None,
     dscale_out: Tensor | None,
-    sums_out: Tensor | None,  # [modalities, B or 1, 1 to 3, D]: of da and da * xhat; of dy * f
-    dh: Tensor | None,
-    da: Tensor | None,
-    dtotal: Tensor | None,
-    dy: Tensor | None,
-    y: Tensor,
-    stats: Tensor | None,
-    f: Tensor | None,
-    entries: list[Tensor],
-    cache_gate: Tensor | None,
-    gate: list[Tensor],
-    scale: list[Tensor],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    text_length: int,
-    n_entries: int,
-    is_rms: bool,
-    sum_dtype: torch.dtype,
-    sum_affine: bool,
+    sums_out: Tensor | None,
 ) -> None:
-    """Fills the outputs that are wanted."""
-    acc = torch.promote_types(y.dtype, torch.float32)
-    is_per_token = has_vector_per_token([*gate, *scale])
-    weight, bias = (None if v is None else v.to(acc) for v in (weight, bias))
+    """Fills the outputs that are there."""
+    acc = accumulator(args.y)
+    is_per_token = has_vector_per_token([*args.gate, *args.scale])
+    norm_backward = rms_norm_backward if args.norm == "rms" else layer_norm_backward
+    weight, bias = (None if v is None else v.to(acc) for v in (args.weight, args.bias))
     for out in (sums_out, dcache_gate_out):
         if out is not None:
             out.zero_()
-    for chunk in _chunks(y, text_length):
-        y_ = h = chunk.of(y)
+    for chunk in _chunks(args.y, args.text_length):
+        y = h = chunk.of(args.y)
         total = None
-        if cache_gate is not None:
-            total = _total(chunk, entries, y_, sum_dtype, None)
-            h = _mix(total, y_, cache_gate.item(), n_entries, None)
-        dh_ = None if dh is None else chunk.of(dh).to(acc)
+        if args.cache_gate is not None:
+            total = _total(chunk, args.entries, y, args.sum_dtype, None)
+            h = _mix(total, y, args.cache_gate.item(), args.n_entries, None)
+        dh = None if args.dh is None else chunk.of(args.dh).to(acc)
         sums = None if sums_out is None else chunk.sums(sums_out)
-        if da is not None and stats is not None:
-            m = _modulation(chunk, weight, None, scale, [], is_per_token, acc)
-            mean, rstd = stats[:, chunk.batch, chunk.rows, None]
-            h, da_ = h.to(acc), chunk.of(da).to(acc)
+        if args.da is not None and args.stats is not None:
+            m = _fold(chunk, weight, None, args.scale, [], is_per_token, acc)
+            mean, rstd = args.stats[:, chunk.batch, chunk.rows, None]
+            h, da = h.to(acc), chunk.of(args.da).to(acc)
             if dscale_out is not None:
                 n = normalize_again(h, mean, rstd, weight, bias)
-                torch.mul(da_, n, out=chunk.of(dscale_out))
-            if m.scale is not None:
-                da_ = da_ * m.scale
-            backward = rms_norm_backward if is_rms else layer_norm_backward
-            dnorm = backward(da_, h, mean, rstd, m.weight, sums if sum_affine else None)
-            dh_ = dnorm if dh_ is None else dnorm.add_(dh_)
-        if dh_ is None:
-            dh_ = torch.zeros_like(h, dtype=acc)
+                torch.mul(da, n, out=chunk.of(dscale_out))
+            if m.factor is not None:
+                da = da * m.factor
+            dnorm = norm_backward(da, h, mean, rstd, m.weight, sums if args.need_affine else None)
+            dh = dnorm if dh is None else dnorm.add_(dh)
+        if dh is None:
+            dh = torch.zeros_like(h, dtype=acc)
         if total is None:
-            dy_ = dh_
+            dy = dh
         else:
-            assert cache_gate is not None and dcache_gate_out is not None
-            g = cache_gate.item()
-            difference = torch.add(y_.to(acc), total, alpha=-1 / n_entries)
-            dcache_gate_out -= (dh_ * difference).sum()
-            if dtotal is None:
-                dtotal_ = dh_ * (g / n_entries)
+            assert args.cache_gate is not None and dcache_gate_out is not None
+            g = args.cache_gate.item()
+            difference = torch.add(y.to(acc), total, alpha=-1 / args.n_entries)
+            dcache_gate_out -= (dh * difference).sum()
+            if args.dtotal is None:
+                dtotal = dh * (g / args.n_entries)
             else:
-                dtotal_ = torch.add(chunk.of(dtotal), dh_, alpha=g / n_entries)
+                dtotal = torch.add(chunk.of(args.dtotal), dh, alpha=g / args.n_entries)
             if dentries_out is not None:
-                chunk.of(dentries_out).copy_(dtotal_)
-            dy_ = dtotal_.add_(dh_, alpha=1 - g)
-        if dy is not None:
-            dy_ = dy_ + chunk.of(dy)
-        chunk.of(dx_out).copy_(dy_)
+                chunk.of(dentries_out).copy_(dtotal)
+            dy = dtotal.add_(dh, alpha=1 - g)
+        if args.dy is not None:
+            dy = dy + chunk.of(args.dy)
+        chunk.of(dx_out).copy_(dy)
         if df_out is not None:
-            torch.mul(dy_, chunk.vector(gate), out=chunk.of(df_out))  # pyright: ignore
-        if f is not None:
+            torch.mul(dy, chunk.vector(args.gate), out=chunk.of(df_out))  # pyright: ignore
+        if args.f is not None:
             if dgate_out is not None:
-                torch.mul(dy_, chunk.of(f), out=chunk.of(dgate_out))
+                torch.mul(dy, chunk.of(args.f), out=chunk.of(dgate_out))
             elif sums is not None:
-                sums[-1] += (dy_ * chunk.of(f)).sum(dim=0)
-
-
-def has_vector_per_token(vectors: list[Tensor]) -> bool:
-    return any(v.shape[1] != 1 for v in vectors)
-
-
-def _chunks(x: Tensor, text_length: int) -> Iterator[Chunk]:
-    n_batch, n_tokens, n_cols = x.shape
-    step = max(1, CHUNK_ELEMENTS // n_cols)
-    for batch in range(n_batch):
-        for modality, first, end in ((1, 0, text_length), (0, text_length, n_tokens)):
-            for start in range(first, end, step):
-                stop = min(start + step, end)
-                tokens = slice(start - first, stop - first)
-                yield Chunk(batch, modality, slice(start, stop), tokens)
+                sums[-1] += (dy * chunk.of(args.f)).sum(dim=0)
 
 
 def _add_gated(x: Tensor, gate: Tensor | None, f: Tensor, out: Tensor | None) -> Tensor:
@@ -278,9 +243,9 @@ def _add_gated(x: Tensor, gate: Tensor | None, f: Tensor, out: Tensor | None) ->
 
 
 def _total(
-    chunk: Chunk, entries: list[Tensor], y: Tensor, dtype: torch.dtype, out: Tensor | None
+    chunk: _Chunk, entries: list[Tensor], y: Tensor, dtype: torch.dtype, out: Tensor | None
 ) -> Tensor:
-    """The entries and y added one by one in ``dtype``, as the running sum was."""
+    """The entries and y added one by one in ``dtype``, as a running sum adds them."""
     total = chunk.of(entries[0]).to(dtype)
     for entry in entries[1:]:
         total = torch.add(total, chunk.of(entry))
@@ -289,55 +254,53 @@ def _total(
 
 def _mix(total: Tensor, y: Tensor, g: float, n_entries: int, out: Tensor | None) -> Tensor:
     """(g / n) * total + (1 - g) * y, rounded once, to the dtype of y."""
-    acc = torch.promote_types(total.dtype, torch.float32)
+    acc = accumulator(total)
     if acc == y.dtype:
         return torch.mul(total, g / n_entries, out=out).add_(y, alpha=1 - g)
     h = torch.mul(total.to(acc), g / n_entries).add_(y, alpha=1 - g)
     return h.to(y.dtype) if out is None else out.copy_(h)
 
 
-def _modulation(
-    chunk: Chunk,
+class _Folded(NamedTuple):
+    """(xhat * weight + bias) * factor + shift; the last two are None or per token."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    factor: Tensor | None
+    shift: Tensor | None
+
+
+def _fold(
+    chunk: _Chunk,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: list[Tensor],
     shift: list[Tensor],
     is_per_token: bool,
     acc: torch.dtype,
-) -> Modulation:
-    """What all rows of the chunk share is folded into weight and bias; ``scale`` includes the 1."""
+) -> _Folded:
+    """A scale and shift that all rows of the chunk share become part of weight and bias."""
     factor, shift_ = chunk.vector(scale), chunk.vector(shift)
     factor = None if factor is None else factor.to(acc) + 1
     shift_ = None if shift_ is None else shift_.to(acc)
     if is_per_token:
-        return Modulation(weight, bias, factor, shift_)
+        return _Folded(weight, bias, factor, shift_)
     if factor is not None:
         weight = factor[0] if weight is None else weight * factor[0]
         bias = None if bias is None else bias * factor[0]
     if shift_ is not None:
         bias = shift_[0] if bias is None else bias + shift_[0]
-    return Modulation(weight, bias, None, None)
-
-
-def normalize(
-    h: Tensor, weight: Tensor | None, bias: Tensor | None, is_rms: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of h normalised, times weight, plus bias; their mean and rstd, of no use for rms."""
-    if not is_rms:
-        return _layer_norm(h, h.shape[-1:], weight, bias, eps)
-    rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_()
-    rstd = rstd.div_(h.shape[-1]).add_(eps).rsqrt_()
-    a = h * rstd
-    a = a if weight is None else a.mul_(weight)
-    return (a if bias is None else a.add_(bias)), rstd, rstd
+    return _Folded(weight, bias, None, None)
 
 
 def _fill_norm(
     a: Tensor, stats: Tensor, h: Tensor, weight: Tensor | None, bias: Tensor | None,
     is_rms: bool, eps: float,
 ) -> None:  # fmt: skip
-    """PyTorch's LayerNorm converts low precision as it reads; with a weight in fp32 it keeps the
-    statistics there."""
+    """Norm of ``h``, converted here only if PyTorch's LayerNorm does not do it as it reads.
+
+    A weight in fp32 keeps its statistics in fp32.
+    """
     if is_rms or h.dtype != a.dtype:
         h = h.to(stats.dtype)
     elif weight is None and h.dtype != stats.dtype:
@@ -345,51 +308,3 @@ def _fill_norm(
     n, mean, rstd = normalize(h, weight, bias, is_rms, eps)
     a.copy_(n)
     fill_stats(stats, mean, rstd, is_rms)
-
-
-def normalize_again(
-    h: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """What `normalize` made of rows h, from their mean and rstd: contiguous, whatever h is."""
-    n = torch.sub(h, mean, out=h.new_empty(h.shape)).mul_(rstd)
-    n = n if weight is None else n.mul_(weight)
-    return n if bias is None else n.add_(bias)
-
-
-def fill_stats(stats: Tensor, mean: Tensor, rstd: Tensor, is_rms: bool) -> None:
-    stats[0] = 0 if is_rms else mean.squeeze(-1)
-    stats[1] = rstd.squeeze(-1)
-
-
-def layer_norm_backward(
-    da: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, sums: Tensor | None
-) -> Tensor:
-    """The gradient of rows h; adds the sums of da and da * xhat to ``sums`` [2 or 3, D].
-
-    PyTorch reads low precision as it is, but would also sum in it.
-    """
-    if da.dtype != h.dtype or sums is not None:
-        da, h = da.to(mean.dtype), h.to(mean.dtype)
-    if weight is None and (sums is not None or h.dtype != mean.dtype):
-        weight = mean.new_ones(h.shape[-1])
-    wanted = [True, sums is not None, sums is not None]
-    dh, sum_da_xhat, sum_da = _layer_norm_backward(
-        da, h, h.shape[-1:], mean, rstd, weight, weight, wanted
-    )
-    if sums is not None:
-        sums[0] += sum_da
-        sums[1] += sum_da_xhat
-    return dh
-
-
-def rms_norm_backward(
-    da: Tensor, h: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, sums: Tensor | None
-) -> Tensor:
-    """As `layer_norm_backward`; da and h in the dtype of rstd, ``mean`` is 0."""
-    xhat = h * rstd
-    dxhat = da if weight is None else da * weight
-    along = (dxhat * xhat).sum(dim=-1, keepdim=True).div_(h.shape[-1])
-    if sums is not None:
-        sums[0] += da.sum(dim=0)
-        sums[1] += (da * xhat).sum(dim=0)
-    return torch.addcmul(dxhat, xhat, along, value=-1).mul_(rstd)

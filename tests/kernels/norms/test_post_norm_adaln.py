@@ -64,7 +64,7 @@ def test_chunks_of_many_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         "vidgen_kernels.norms.post_norm_adaln_portable.is_small", lambda *tensors: False
     )
-    monkeypatch.setattr("vidgen_kernels.norms.post_norm_portable.CHUNK_ELEMENTS", 2 * 12)
+    monkeypatch.setattr("vidgen_kernels.norms.rows_portable.CHUNK_ELEMENTS", 2 * 12)
     check(inputs(form=form))
 
 

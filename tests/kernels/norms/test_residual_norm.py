@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidgen_kernels import Modulation, reference, residual_norm
 from vidgen_kernels.common import configs
-from vidgen_kernels.norms import residual_norm_portable as portable
+from vidgen_kernels.norms import rows_portable
 from vidgen_kernels.testing import check_op
 
 B, T, D = 2, 13, 24
@@ -131,7 +131,7 @@ def test_row_lengths(n_cols: int, norm: str) -> None:
 @pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 127, 128, 129, 257])
 def test_token_counts(n_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Around tiles, programs and the portable chunks; texts that end inside of them."""
-    monkeypatch.setattr(portable, "CHUNK_ELEMENTS", 64 * 8)
+    monkeypatch.setattr(rows_portable, "CHUNK_ELEMENTS", 64 * 8)
     for text_length in {0, 1, n_tokens // 2, n_tokens - 1, n_tokens}:
         x, f = leaf(B, n_tokens, 8), leaf(B, n_tokens, 8)
         text = Modulation(*vectors(B, 8).values())
