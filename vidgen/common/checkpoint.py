@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -184,6 +184,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: ``path`` exists: no file is overwritten; or its folder does not.
+        OSError: the file is written, but cannot get its name (`publish`).
     """
     path = Path(path)
     check_new(path)
@@ -192,9 +193,44 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     unfinished = Path(name)
     try:
         yield unfinished
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)  # mkstemp's file is its owner's alone
-        unfinished.rename(path)
-    finally:
+    except BaseException:
         unfinished.unlink(missing_ok=True)
+        raise
+    publish(unfinished, path)
+
+
+def publish(finished: Path, path: Path) -> None:
+    """Renames a finished file or folder to ``path``, on the same disk, and overwrites nothing.
+
+    Raises:
+        OSError: that is not possible; the finished one is kept, and the message says where.
+    """
+    try:
+        if finished.is_dir():
+            finished.rename(path)  # onto a folder with files in it this fails
+            return
+        _share(finished)
+        try:
+            os.link(finished, path)  # unlike a rename it fails where path exists
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links: the name is taken, then written over
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            try:
+                finished.rename(path)
+            except OSError:
+                path.unlink()
+                raise
+        else:
+            finished.unlink()
+    except OSError as problem:
+        reason = f"could not write {path}: {problem.strerror}"
+        raise OSError(f"output: {reason}; what was made is kept as {finished}") from problem
+
+
+def _share(path: Path) -> None:
+    """The rights of a new file, where the disk keeps any: mkstemp's is its owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    with suppress(OSError):  # network mounts refuse it
+        path.chmod(0o666 & ~umask)
