@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 
 from .launch import is_interpreted
@@ -38,7 +39,11 @@ class Op:
 
         def forward(ctx, keyset, lengths, *flat):
             args = _nest(flat, lengths)
-            results = self._below_autograd(keyset, args)
+            if torch._C._are_functorch_transforms_active():
+                with torch.enable_grad():  # for the transforms around this one
+                    results = self._below_autograd(keyset, args)
+            else:
+                results = self._below_autograd(keyset, args)
             ctx.lengths = lengths
             ctx.needs_input_grad = _nest(ctx.needs_input_grad[2:], lengths)
             if setup_context is not None:
@@ -52,11 +57,19 @@ class Op:
         name = self.name.split("::")[1]
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
         function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
+        # torch.func reaches operators level by level, as it does PyTorch's own; `Function.apply`
+        # takes all levels at once.
+        apply_at_this_level = super(torch.autograd.Function, function).apply  # pyright: ignore
 
         def on_autograd(keyset, *args):
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 lengths = tuple([len(x) if isinstance(x, list) else _NO_LIST for x in args])
-                results = function.apply(keyset, lengths, *_flatten(args, lengths))
+                flat = _flatten(args, lengths)
+                if torch._C._are_functorch_transforms_active():  # called once for each of them
+                    with enable_single_level_autograd_function():
+                        results = apply_at_this_level(keyset, lengths, *flat)
+                else:
+                    results = function.apply(keyset, lengths, *flat)
                 return list(results) if returns_list else results
             return self._below_autograd(keyset, args)
 
