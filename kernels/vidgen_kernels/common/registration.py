@@ -106,7 +106,10 @@ def define_op(
             return OPS[name].launch(*args)
 
     def on_cpu(*args):
-        run = OPS[name].launch if is_interpreted() else portable
+        run = portable
+        if is_interpreted():
+            _refuse_bf16(name, args)
+            run = OPS[name].launch
         if not torch.is_autocast_enabled("cpu"):
             return run(*args)
         with torch.autocast("cpu", enabled=False):  # the caller has cast what is to be cast
@@ -123,6 +126,16 @@ def define_op(
     torch.library.register_vmap(f"vidgen::{name}", no_vmap, lib=LIBRARY)
     OPS[name] = Op(name, launch, getattr(torch.ops.vidgen, name).default)
     return OPS[name]
+
+
+def _refuse_bf16(name: str, args: Iterable[Any]) -> None:
+    """Triton's interpreter multiplies and stores the bits of bf16 as if they were integers."""
+    dtypes = [x for x in args if isinstance(x, torch.dtype)] + [x.dtype for x in _tensors(args)]
+    if torch.bfloat16 in dtypes:
+        raise NotImplementedError(
+            f"vidgen::{name}: expected fp16, fp32 or fp64 under TRITON_INTERPRET=1, got bfloat16, "
+            "which Triton's interpreter computes wrongly"
+        )
 
 
 def refuse_double_backward(backward_op: Op) -> None:
