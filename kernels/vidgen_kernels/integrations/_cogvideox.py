@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..attention.interval_attention import interval_attention
 from ..attention.intervals import IntervalMask
-from ..attention.runs import require
+from ..attention.mask_inputs import require
 from ..norms.feature_cache import FeatureCache
 from ..norms.residual_norm import Modulation, residual_norm, run
 from ..rope.qk_norm_rope import QKVStream, qk_norm_rope
