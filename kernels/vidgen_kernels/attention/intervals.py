@@ -15,11 +15,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..common.front_door import is_traced
 from .mask_inputs import (
     BlockLengths,
     Device,
@@ -56,6 +57,9 @@ class IntervalMask:
     One mask serves every layer and step of a layout. Its per-token form is computed at the first
     call, on the current stream, and kept. To use the mask on another stream, make that stream wait
     for the first one, as for any tensor.
+
+    `torch.save`, `pickle` and `copy` take a mask without its per-token form: a few numbers per
+    block. `torch.load` reads it, with ``weights_only=True`` as well.
     """
 
     queries: Runs
@@ -240,6 +244,13 @@ class IntervalMask:
             keys = keys.without(valid, text)
         return cls(queries, keys, mask.n_queries, mask.n_keys, mask.text_queries)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the runs alone; the per-token form is computed again."""
+        return {**self.__dict__, "_per_token": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     @property
     def device(self) -> torch.device:
         return self.queries.begin.device
@@ -270,7 +281,7 @@ class IntervalMask:
         ):
             if expected is not None and expected != actual:
                 raise ValueError(f"mask: expected {expected} {name}, got {actual}")
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._expand(n_queries, n_keys)
         if (n_queries, n_keys) in self._per_token:
             return self._per_token[n_queries, n_keys]
@@ -291,7 +302,7 @@ class IntervalMask:
                 is_sum = runs.n_tokens == n_tokens
                 require(is_sum, f"mask: expected lengths that sum to the number of {name}")
         tables = (*self.queries.expand(n_queries), *self.keys.expand(n_keys))
-        if torch.compiler.is_compiling():
+        if is_traced():
             return TokenIntervals(*tables)
         return TokenIntervals(*(x.clone() if x.is_inference() else x for x in tables))
 
@@ -302,6 +313,10 @@ class IntervalMask:
         begin, end, _, _ = self.intervals(n_queries, n_keys)
         key = torch.arange(n_keys, device=self.device)
         return ((key >= begin[..., None]) & (key < end[..., None])).any(dim=0)
+
+
+# `torch.load` of a saved mask works with weights_only=True wherever this package is imported.
+torch.serialization.add_safe_globals([IntervalMask, Runs])
 
 
 def sorted_ranks(rank_q: Tensor, rank_k: Tensor, *, text_queries: bool = False) -> IntervalMask:
@@ -325,7 +340,7 @@ def _build(
     tensors = [x for x in lengths.values() if isinstance(x, Tensor)]
     default = tensors[0].device if tensors else "cpu"
     device = resolve_device(default if device is None else device)
-    if tensors or torch.compiler.is_compiling():
+    if tensors or is_traced():
         return builder(*(block_edges(name, x, device) for name, x in lengths.items()), *rules)
     ints = tuple(
         (name, tuple(lengths_list(name, x)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common.front_door import is_int
+from ..common.front_door import is_int, is_traced
 
 MAX_TOKENS = 2**31 - 1  # positions are int32
 
@@ -21,7 +21,7 @@ Device = torch.device | str | None
 
 def on_host(x: Tensor) -> bool:
     """True where reading the values of ``x`` costs nothing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not is_traced()
 
 
 def require(condition: Tensor, message: str) -> None:

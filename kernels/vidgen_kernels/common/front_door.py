@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-DEVICES = ("cpu", "cuda")  # HIP devices are called cuda
+DEVICES = ("cpu", "cuda", "meta")  # HIP devices are called cuda; meta tensors have shapes alone
 MAX_HEAD_DIM = 256
+
+_MODES = torch._C._TorchDispatchModeKey
+TRACERS = (_MODES.FAKE, _MODES.FUNCTIONAL, _MODES.PROXY)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +65,21 @@ def check_video(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) ->
         raise ValueError(f"{name}: expected shape [B, C, T, H, W], got {list(x.shape)}")
 
 
+def is_traced() -> bool:
+    """Whether tensors may stand for others: torch.compile, fake and functional tensors, make_fx.
+
+    Values may not be read there, and what is built may not be kept for calls outside.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS
+    ):
+        return True
+    transform = peek_interpreter_stack()
+    return transform is not None and transform.key() == TransformType.Functionalize
+
+
 def is_int(x: Any) -> bool:
     """True for integers, NumPy's too, not for bools and tensors; not for tracers."""
     return hasattr(x, "__index__") and not isinstance(x, (bool, Tensor))
@@ -89,7 +108,7 @@ def check_last_dim(name: str, x: Tensor) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast asks an operator on ``x`` for: that of ``x`` outside of it."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 
