@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .attention.intervals import BlockLengths, IntervalMask
+from .attention.intervals import IntervalMask
+from .attention.mask_inputs import BlockLengths
 from .attention.runs import MAX_INTERVALS
 
 EXACT = 1e-12  # what summing in another order may cost in fp64

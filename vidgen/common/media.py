@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import io
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import check_new, written_whole
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
@@ -49,28 +57,96 @@ def fit(frames: Tensor, height: int, width: int) -> Tensor:
     return video.transpose(0, 1)
 
 
-def read_frames(path: str | Path) -> Tensor:
-    """All frames of a video or image file, ``[T, H, W, 3]`` uint8.
+def read_frames(path: str | Path, *, first: int | None = None, most: int | None = None) -> Tensor:
+    """The frames of a video or image file as a player shows them, ``[T, H, W, 3]`` uint8 sRGB.
+
+    Frames are decoded one by one: orientation (EXIF, display matrix), colour matrix, range and ICC
+    profile of the file are applied.
+
+    Args:
+        first: stop after so many frames.
+        most: the most frames that the caller has a use for.
 
     Raises:
-        ValueError: a missing file, or one without frames.
+        ValueError: no file, nothing to see in it, or more than ``most`` frames.
     """
-    import av
-
     path = Path(path)
     if not path.exists():
         raise ValueError(f"input: expected a video or image file, {path} does not exist")
-    try:
-        with av.open(str(path)) as container:
-            frames = [
-                torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                for frame in container.decode(video=0)
-            ]
-    except (av.FFmpegError, IndexError) as problem:  # IndexError: a file with sound only
-        raise ValueError(f"input: expected a video or image in {path}: {problem}") from problem
+    frames = []
+    for frame in islice(_still(path) or _decoded(path), first):
+        frames.append(torch.from_numpy(np.ascontiguousarray(frame)))
+        if most is not None and len(frames) > most:
+            raise ValueError(f"input: expected at most {most} frames in {path}, got more")
     if not frames:
         raise ValueError(f"input: expected frames in {path}, found none")
     return torch.stack(frames)
+
+
+def _still(path: Path) -> Iterator[np.ndarray] | None:
+    """The one frame of an image file, by Pillow; None for what is no image, or is animated."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if path.suffix.lower() not in IMAGES:
+        return None
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                return None
+            return iter([_srgb(ImageOps.exif_transpose(image))])
+    except (OSError, SyntaxError, UnidentifiedImageError) as problem:  # a broken PNG: SyntaxError
+        raise ValueError(f"input: expected a video or image in {path}: {problem}") from problem
+
+
+def _srgb(image: PIL.Image.Image) -> np.ndarray:
+    """[H, W, 3] uint8; colours of a profile are converted, without one they are sRGB already."""
+    from PIL import ImageCms
+
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+        image = image.point(lambda level: level / 257.0).convert("L")
+    profile = image.info.get("icc_profile")
+    if profile and image.mode != "P":
+        try:
+            colours = image.convert("RGB") if image.mode in ("RGBA", "LA") else image
+            given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            srgb = ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(colours, given, srgb, outputMode="RGB") or image
+        except (OSError, ImageCms.PyCMSError):
+            pass  # a profile that cannot be read, or of other channels: as viewers do, none
+    return np.array(image.convert("RGB"))
+
+
+def _decoded(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video, by FFmpeg."""
+    import av
+    from av.video.reformatter import ColorRange
+
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                picture = frame.reformat(
+                    format="rgb24",
+                    src_color_range=frame.color_range,
+                    dst_color_range=ColorRange.JPEG,
+                )
+                yield _upright(picture.to_ndarray(), frame.side_data.get("DISPLAYMATRIX"))
+    except (av.FFmpegError, IndexError) as problem:  # IndexError: sound, and nothing to see
+        raise ValueError(f"input: expected a video or image in {path}: {problem}") from problem
+
+
+def _upright(pixels: np.ndarray, matrix: Any | None) -> np.ndarray:
+    """[h, w, 3] turned and mirrored as a display matrix says, in steps of 90 degrees.
+
+    The matrix has nine int32, row by row; x' = m0 x + m3 y and y' = m1 x + m4 y, y downwards.
+    """
+    if matrix is None:
+        return pixels
+    m = np.frombuffer(bytes(matrix), dtype=np.int32)
+    if abs(m[1]) + abs(m[3]) > abs(m[0]) + abs(m[4]):
+        pixels, from_right, from_below = pixels.transpose(1, 0, 2), m[3] < 0, m[1] < 0
+    else:
+        from_right, from_below = m[0] < 0, m[4] < 0
+    return pixels[:: -1 if from_below else 1, :: -1 if from_right else 1]
 
 
 def check_output(path: str | Path, n_frames: int) -> None:
@@ -93,28 +169,51 @@ def check_output(path: str | Path, n_frames: int) -> None:
 def write_frames(path: str | Path, frames: Tensor, fps: float = 1.0) -> None:
     """Writes frames ``[T, H, W, 3]`` uint8 as H.264 video, or one frame as image, by the suffix.
 
-    Errors: `check_output`.
+    Videos of any size are converted by the matrix of BT.709 to limited range, and say so in their
+    tags; without tags players guess by the size. Images are sRGB.
+
+    Raises:
+        ValueError: ``path`` exists, another suffix, or several frames for an image.
     """
     path = Path(path)
     check_output(path, len(frames))
     with written_whole(path) as unfinished:
         if path.suffix in IMAGES:
-            from PIL import Image
+            from PIL import Image, PngImagePlugin
 
-            Image.fromarray(frames[0].cpu().numpy()).save(unfinished)
+            image = Image.fromarray(frames[0].cpu().numpy())
+            chunks = PngImagePlugin.PngInfo()
+            chunks.add(b"sRGB", b"\0")  # JPEG and WebP without a profile are sRGB by convention
+            image.save(unfinished, pnginfo=chunks)
         else:
             _encode(unfinished, frames, fps)
 
 
 def _encode(path: Path, frames: Tensor, fps: float) -> None:
     import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "17"}
+        tags = {
+            "colorspace": Colorspace.ITU709,
+            "color_primaries": ColorPrimaries.BT709,
+            "color_trc": ColorTrc.BT709,
+            "color_range": ColorRange.MPEG,
+        }
+        for name, tag in tags.items():
+            setattr(stream.codec_context, name, tag)
         for frame in frames.cpu().numpy():
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+            )
+            for name, tag in tags.items():
+                setattr(picture, name, tag)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())

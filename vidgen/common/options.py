@@ -16,6 +16,7 @@ from vidgen.ops import OPS, Ops
 
 from .arguments import MAX_SEED, MAX_SIDE, whole
 from .checkpoint import read_safetensors
+from .finite import require_finite
 from .progress import Progress
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -136,6 +137,10 @@ def read_common(args: argparse.Namespace, progress: Progress) -> GenerateRun:
         if not args.embeddings.is_file():
             raise ValueError(f"embeddings: expected a file, {args.embeddings} is none")
         embeddings = read_safetensors(args.embeddings)
+        try:
+            require_finite(embeddings)
+        except ValueError as problem:
+            raise ValueError(f"embeddings: {args.embeddings}: {problem}") from problem
     return GenerateRun(
         args.checkpoint,
         args.prompt,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .finite import require_finite
 from .progress import SILENT, Bars, Silent
 
 Sample = dict[str, Tensor]
@@ -82,6 +83,7 @@ class Samples:
                     tensors = {key: torch.empty(x, device="meta") for key, x in shapes.items()}
                 else:
                     tensors = {key: file.get_tensor(key) for key in keys}
+                    require_finite(tensors)
             return self._read(tensors)
         except (SafetensorError, ValueError) as problem:
             raise ValueError(f"{path}: {problem}") from problem

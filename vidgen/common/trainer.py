@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import (
     load_exactly,
+    publish,
     read_folder,
     read_state_dict,
     write_state_dict,
@@ -258,9 +259,10 @@ def write_checkpoint(folder: Path, objective: Objective, state: Mapping[str, Any
         write_state_dict(unfinished / WEIGHTS, objective.model.state_dict())
         with written_whole(unfinished / OPTIMIZER) as path:
             torch.save(dict(state), path)
-        unfinished.rename(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    publish(unfinished, folder)
 
 
 def last_checkpoint(output: Path) -> Path:

@@ -205,11 +205,11 @@ def _given(
     path = args.image or args.video
     if path is None:
         return None
-    frames = read_frames(path)
+    if args.image:
+        return fit(read_frames(path, first=1), *size)[None]
     factor = pipeline.vae.temporal_factor
-    n_frames = 1 if args.image else 1 + (len(frames) - 1) // factor * factor
-    n_given = 1 + (n_frames - 1) // factor
-    if n_given > _count_latents(args):
-        expected = f"expected at most {count_frames(args)} frames to begin with"
-        raise ValueError(f"video: {expected}, got {n_frames}")
-    return fit(frames[:n_frames] if args.image else frames[-n_frames:], *size)[None]
+    # whole latents are taken from the end, and up to factor - 1 frames before them left out
+    most = 1 + factor * (_count_latents(args) - 1)
+    frames = read_frames(path, most=most + factor - 1)
+    n_frames = 1 + (len(frames) - 1) // factor * factor
+    return fit(frames[-n_frames:], *size)[None]

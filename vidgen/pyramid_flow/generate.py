@@ -228,10 +228,11 @@ def _cache_policy(args: argparse.Namespace) -> CachePolicy:
 def _read_given(args: argparse.Namespace) -> Tensor | None:
     """The frames that the video begins with, uint8 ``[T, h, w, 3]``; of a clip, its last units."""
     if args.image is not None:
-        return read_frames(args.image)[:1]
+        return read_frames(args.image, first=1)
     if args.video is None:
         return None
-    frames = read_frames(args.video)
+    # a unit more than there is room for: the request is then refused in units
+    frames = read_frames(args.video, most=_unit_length(args) * _count_units(args))
     return frames[(len(frames) - 1) % _unit_length(args) :]
 
 

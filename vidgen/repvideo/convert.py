@@ -17,7 +17,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from vidgen.common.checkpoint import FILES, check_new, read_config, write_state_dict
+from vidgen.common.checkpoint import FILES, check_new, publish, read_config, write_state_dict
 
 from .model.keys import SAT_PREFIX, to_sat
 from .model.transformer import CogVideoXTransformer
@@ -72,9 +72,11 @@ def convert(source: Path, output: Path, *, config: Path | None = None) -> None:
     try:
         write = write_diffusers if is_sat_folder(source) else write_sat
         write(unfinished / output.name, model)
-        (unfinished / output.name).rename(output)
-    finally:
-        shutil.rmtree(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    publish(unfinished / output.name, output)
+    unfinished.rmdir()
 
 
 def write_diffusers(folder: Path, model: CogVideoXTransformer) -> None:

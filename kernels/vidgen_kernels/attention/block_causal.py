@@ -4,7 +4,8 @@ from torch import Tensor
 
 from ..common.front_door import check_tensor
 from .interval_attention import interval_attention
-from .intervals import BlockLengths, IntervalMask
+from .intervals import IntervalMask
+from .mask_inputs import BlockLengths
 
 
 def block_causal_attention(

@@ -1,9 +1,13 @@
-"""What an attention mask means: the intervals of keys that a query sees, and their transpose.
+"""`IntervalMask`: which query sees which key, as intervals of positions.
 
-The masks of video models are made of blocks: runs of consecutive tokens with the same visibility
-(a frame, a chunk of frames, text + frame 0, a set of tokens of equal rank). A block sees at most
-three intervals of keys, and is seen by at most three intervals of queries, on which dK/dV works.
-Everything is built per block, by torch alone; the kernels read the per-token form.
+The masks of video models are made of blocks: runs of consecutive tokens that see the same keys (a
+frame, a chunk of frames, text and frame 0, a set of tokens of equal rank). A mask says, for every
+block, which intervals of keys it sees, and the transpose, which intervals of queries see it; either
+are at most three. Forward and dQ read the first, dK/dV reads the second.
+
+Masks are built per block with PyTorch alone. `IntervalMask.intervals` expands them to the form that
+the kernels read, one entry per token (`TokenIntervals`). `mask_inputs.py` checks the arguments,
+`runs.py` holds one side of a mask.
 """
 
 from __future__ import annotations
@@ -11,23 +15,34 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..common.front_door import is_int
-from .runs import Runs, concatenate, on_host, require
-
-MAX_TOKENS = 2**31 - 1  # positions are int32
-
-BlockLengths = Sequence[int] | Tensor
-Device = torch.device | str | None
+from ..common.front_door import is_traced
+from .mask_inputs import (
+    BlockLengths,
+    Device,
+    are_same_lengths,
+    block_edges,
+    check_first_noisy,
+    check_ranks,
+    check_window,
+    count_lengths,
+    lengths_list,
+    lengths_tensor,
+    on_host,
+    query_block_range,
+    require,
+    require_sorted,
+    resolve_device,
+)
+from .runs import Runs, concatenate
 
 
 class TokenIntervals(NamedTuple):
-    """The intervals of every token, half-open; I is 1 to 3 and may differ between the two sides."""
+    """Half-open intervals of every token. I is 1 to 3 and may differ between queries and keys."""
 
     q_begin: Tensor  # int32 [I, B or 1, Tq], keys that a query sees
     q_end: Tensor
@@ -37,18 +52,22 @@ class TokenIntervals(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class IntervalMask:
-    """Which query sees which key. Built by the class methods below, which also combine.
+    """Which query sees which key. Build one with the class methods; `pack` and `pad_text` combine.
 
-    One mask serves every layer and step of a layout: its per-token form is computed once, on the
-    stream of the first call. Other streams wait for that one, as for any tensor.
+    One mask serves every layer and step of a layout. Its per-token form is computed at the first
+    call, on the current stream, and kept. To use the mask on another stream, make that stream wait
+    for the first one, as for any tensor.
+
+    `torch.save`, `pickle` and `copy` take a mask without its per-token form: a few numbers per
+    block. `torch.load` reads it, with ``weights_only=True`` as well.
     """
 
     queries: Runs
     keys: Runs
-    n_queries: int | None  # None where the lengths are a tensor that is not read back
+    n_queries: int | None  # None if the lengths are on a GPU, from which nothing is read back
     n_keys: int | None
     text_queries: bool  # the first query tokens are the first key tokens
-    parts: tuple[IntervalMask, ...] = ()  # what `pack` put together, for who runs them one by one
+    parts: tuple[IntervalMask, ...] = ()  # the masks that `pack` joined, to run them one by one
     _per_token: dict[tuple[int, int], TokenIntervals] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -67,16 +86,16 @@ class IntervalMask:
             block_lengths: tokens per block, any sizes: ints, or an int tensor ``[N]``.
             query_blocks: only these blocks are queries (a KV-cache step); keys are all blocks.
             window: how many blocks a block sees, itself included.
-            sink_blocks: the first blocks, seen by all that come after them whatever the window.
-            device: where a mask of ints is put, default CPU; a tensor stays where it is.
+            sink_blocks: this many first blocks are seen by all later ones, whatever the window.
+            device: of the mask, if the lengths are ints; default CPU. Tensors stay where they are.
 
         Raises:
-            ValueError: lengths that are no integers of 0 or more, a window below 1, a negative
+            ValueError: lengths other than integers of 0 or more, a window below 1, a negative
                 number of sinks, query blocks outside ``0..N``.
         """
-        n_blocks = _count("block_lengths", block_lengths)
-        start, stop = (0, n_blocks) if query_blocks is None else _blocks(query_blocks, n_blocks)
-        _check_window(window, sink_blocks)
+        n_blocks = count_lengths("block_lengths", block_lengths)
+        start, stop = query_block_range(query_blocks, n_blocks)
+        check_window(window, sink_blocks)
         lengths = {"block_lengths": block_lengths}
         return _build(_block_causal, lengths, (start, stop, window, sink_blocks), device)
 
@@ -92,16 +111,17 @@ class IntervalMask:
     ) -> IntervalMask:
         """``[clean | noisy]`` copies of the blocks, as CausVid and Self-Forcing train.
 
-        Clean block i sees clean blocks as in `block_causal`. Noisy block i sees the clean blocks
-        before i, by the same window and sinks, and itself. Other arguments, errors: `block_causal`.
+        Clean block i sees clean blocks as in `block_causal`. Noisy block i sees itself and the
+        clean blocks before i, within the same window and sinks.
 
         Args:
             first_noisy: blocks before this one are conditions, which have no noisy copy.
+
+        Other arguments and errors: see `block_causal`.
         """
-        _check_window(window, sink_blocks)
-        n_blocks = _count("block_lengths", block_lengths)
-        if not is_int(first_noisy) or not 0 <= first_noisy <= n_blocks:
-            raise ValueError(f"first_noisy: expected a block in 0..{n_blocks}, got {first_noisy!r}")
+        check_window(window, sink_blocks)
+        n_blocks = count_lengths("block_lengths", block_lengths)
+        check_first_noisy(first_noisy, n_blocks)
         lengths = {"block_lengths": block_lengths}
         return _build(_teacher_forcing, lengths, (window, sink_blocks, first_noisy), device)
 
@@ -112,19 +132,20 @@ class IntervalMask:
         """Block-diagonal: the queries of sequence i see all keys of sequence i.
 
         Args:
-            q_lengths, k_lengths: tokens per sequence, ints or int tensors ``[N]``. Where they are
-                equal (on a GPU: one object) queries and keys are the same tokens to `pad_text`.
+            q_lengths, k_lengths: tokens per sequence, ints or int tensors ``[N]``. If they are
+                equal (on a GPU: one object), `pad_text` takes queries and keys to be the same
+                tokens.
 
         Raises:
             ValueError: different numbers of sequences, or bad lengths.
         """
-        n_sequences = _count("q_lengths", q_lengths)
-        if _count("k_lengths", k_lengths) != n_sequences:
+        n_sequences = count_lengths("q_lengths", q_lengths)
+        if count_lengths("k_lengths", k_lengths) != n_sequences:
             raise ValueError(
                 f"k_lengths: expected {n_sequences} sequences as in q_lengths, got {len(k_lengths)}"
             )
         lengths = {"q_lengths": q_lengths, "k_lengths": k_lengths}
-        return _build(_full, lengths, (_are_same(q_lengths, k_lengths),), device)
+        return _build(_full, lengths, (are_same_lengths(q_lengths, k_lengths),), device)
 
     @classmethod
     def from_ranks(cls, rank_q: Tensor, rank_k: Tensor | None = None) -> IntervalMask:
@@ -135,7 +156,7 @@ class IntervalMask:
 
         Raises:
             ValueError: other dtypes or shapes, different devices or batches, or (on a CPU) ranks
-                that are not sorted; those go through `set_masked_attention`.
+                that are not sorted. For ranks in any order use `set_masked_attention`.
         """
         q = check_ranks("rank_q", rank_q)
         is_self = rank_k is None or rank_k is rank_q
@@ -147,11 +168,11 @@ class IntervalMask:
             )
         if is_self and len(q) == 1 and on_host(q):  # equal ranks are a block
             ranks, lengths = q[0].unique_consecutive(return_counts=True)
-            _require_sorted("rank_q", ranks[None])
+            require_sorted("rank_q", ranks[None])
             return cls.block_causal(lengths)
-        _require_sorted("rank_q", q)
+        require_sorted("rank_q", q)
         if not is_self:
-            _require_sorted("rank_k", k)
+            require_sorted("rank_k", k)
         return sorted_ranks(q, k, text_queries=is_self)
 
     @classmethod
@@ -159,7 +180,7 @@ class IntervalMask:
         """Block-diagonal: sequences one after another, each under its own mask.
 
         Raises:
-            ValueError: no masks, different devices, or batch sizes other than 1 and one more.
+            ValueError: no masks, different devices, or different batch sizes other than 1.
         """
         masks = list(masks)
         if not masks:
@@ -185,30 +206,30 @@ class IntervalMask:
     def pad_text(
         cls, mask: IntervalMask, text_length: int, valid_lengths: BlockLengths
     ) -> IntervalMask:
-        """``mask`` less the padding of the text: the text tokens past a batch row's valid length.
+        """``mask`` without the padding of the text: text tokens past each row's valid length.
 
-        The first ``text_length`` keys are text, valid ones first. Padded keys are seen by nobody;
-        padded queries, if block 0 is among the queries, see nothing and give 0. As with any mask
-        values that nobody sees must still be finite.
+        The first ``text_length`` keys are text, valid tokens first. No query sees a padded key. If
+        block 0 is among the queries, text tokens are queries too; padded ones see nothing, and
+        their output is 0. As with any mask, values of unseen keys must still be finite.
 
         Args:
             valid_lengths: valid text tokens per batch row, ints or an int tensor ``[B]``.
 
         Raises:
             ValueError: text longer than the sequence, valid lengths outside ``0..text_length``,
-                another batch size than the mask's, or a mask that would need four intervals.
+                a batch size other than the mask's, or a mask that would need four intervals.
         """
-        (n_text,) = _as_lengths("text_length", [text_length])
+        (n_text,) = lengths_list("text_length", [text_length])
         if mask.n_keys is not None and n_text > mask.n_keys:
             raise ValueError(f"text_length: expected at most {mask.n_keys} keys, got {n_text}")
-        n_valid = _count("valid_lengths", valid_lengths)
+        n_valid = count_lengths("valid_lengths", valid_lengths)
         if n_valid == 0 or (mask.batch_size != 1 and n_valid not in (1, mask.batch_size)):
             raise ValueError(f"valid_lengths: expected {mask.batch_size} values, got {n_valid}")
         if not isinstance(valid_lengths, Tensor):
-            for n in _as_lengths("valid_lengths", valid_lengths):
+            for n in lengths_list("valid_lengths", valid_lengths):
                 if n > n_text:
                     raise ValueError(f"valid_lengths: expected values in 0..{n_text}, got {n}")
-        valid = _as_tensor("valid_lengths", valid_lengths, mask.device).to(torch.int32)[:, None]
+        valid = lengths_tensor("valid_lengths", valid_lengths, mask.device).to(torch.int32)[:, None]
         in_range = ((valid >= 0) & (valid <= n_text)).all()
         require(in_range, f"valid_lengths: expected values in 0..{n_text}, got others")
         if n_text == 0:
@@ -218,10 +239,17 @@ class IntervalMask:
         keys = mask.keys.split(points).emptied(valid, text)
         queries = mask.queries.without(valid, text)
         if mask.text_queries:
-            points = points.clamp(max=mask.queries.n_tokens)  # not all text need be a query
+            points = points.clamp(max=mask.queries.n_tokens)  # queries may end within the text
             queries = queries.split(points).emptied(valid, text)
             keys = keys.without(valid, text)
         return cls(queries, keys, mask.n_queries, mask.n_keys, mask.text_queries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold the runs alone; the per-token form is computed again."""
+        return {**self.__dict__, "_per_token": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     @property
     def device(self) -> torch.device:
@@ -229,12 +257,12 @@ class IntervalMask:
 
     @property
     def batch_size(self) -> int:
-        """1 where all batch rows share the mask."""
+        """1 if all batch rows share the mask."""
         return max(self.queries.batch_size, self.keys.batch_size)
 
     def to(self, device: torch.device | str) -> IntervalMask:
-        """The mask on another device; keep it, it is not cached."""
-        device = _with_index(device)
+        """A copy on another device. It is made anew at every call, so keep it."""
+        device = resolve_device(device)
         if device == self.device:
             return self
         queries, keys = self.queries.to(device), self.keys.to(device)
@@ -242,10 +270,10 @@ class IntervalMask:
         return IntervalMask(queries, keys, self.n_queries, self.n_keys, self.text_queries, parts)
 
     def intervals(self, n_queries: int, n_keys: int) -> TokenIntervals:
-        """The per-token form, kept for the next call.
+        """The per-token form, computed once and kept.
 
         Raises:
-            ValueError: numbers of tokens that are not the mask's.
+            ValueError: the mask was built for other numbers of tokens.
         """
         for name, expected, actual in (
             ("queries", self.n_queries, n_queries),
@@ -253,18 +281,19 @@ class IntervalMask:
         ):
             if expected is not None and expected != actual:
                 raise ValueError(f"mask: expected {expected} {name}, got {actual}")
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._expand(n_queries, n_keys)
         if (n_queries, n_keys) in self._per_token:
             return self._per_token[n_queries, n_keys]
-        with torch.inference_mode(False):  # what is kept must serve training too
+        with torch.inference_mode(False):  # kept tensors must serve training too
             intervals = self._expand(n_queries, n_keys)
+        # in a CUDA graph capture nothing runs, so the tensors have no values to keep
         if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            self._per_token[n_queries, n_keys] = intervals  # in a capture it has no values yet
+            self._per_token[n_queries, n_keys] = intervals
         return intervals
 
     def _expand(self, n_queries: int, n_keys: int) -> TokenIntervals:
-        # The messages are constants: one that held the count would make it one for a tracer too.
+        # No counts in these messages: torch.compile would specialize on them.
         for name, runs, n_tokens in (
             ("queries", self.queries, n_queries),
             ("keys", self.keys, n_keys),
@@ -273,12 +302,12 @@ class IntervalMask:
                 is_sum = runs.n_tokens == n_tokens
                 require(is_sum, f"mask: expected lengths that sum to the number of {name}")
         tables = (*self.queries.expand(n_queries), *self.keys.expand(n_keys))
-        if torch.compiler.is_compiling():
+        if is_traced():
             return TokenIntervals(*tables)
         return TokenIntervals(*(x.clone() if x.is_inference() else x for x in tables))
 
     def to_dense(self) -> Tensor:
-        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key: to look at, and for tests."""
+        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key. For inspection and tests."""
         n_queries = int(self.queries.n_tokens) if self.n_queries is None else self.n_queries
         n_keys = int(self.keys.n_tokens) if self.n_keys is None else self.n_keys
         begin, end, _, _ = self.intervals(n_queries, n_keys)
@@ -286,24 +315,12 @@ class IntervalMask:
         return ((key >= begin[..., None]) & (key < end[..., None])).any(dim=0)
 
 
-def check_ranks(name: str, rank: Tensor) -> Tensor:
-    """``rank`` as int64 ``[B or 1, T]``, or a ValueError."""
-    if not isinstance(rank, Tensor):
-        raise ValueError(f"{name}: expected an integer tensor, got {type(rank).__name__}")
-    if not _is_integral(rank.dtype):
-        raise ValueError(f"{name}: expected integers, got {rank.dtype}")
-    if rank.ndim not in (1, 2):
-        raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(rank.shape)}")
-    return torch.atleast_2d(rank).to(torch.int64)
-
-
-def _require_sorted(name: str, rank: Tensor) -> None:
-    is_sorted = (rank[:, 1:] >= rank[:, :-1]).all()
-    require(is_sorted, f"{name}: expected sorted ranks, got some in another order")
+# `torch.load` of a saved mask works with weights_only=True wherever this package is imported.
+torch.serialization.add_safe_globals([IntervalMask, Runs])
 
 
 def sorted_ranks(rank_q: Tensor, rank_k: Tensor, *, text_queries: bool = False) -> IntervalMask:
-    """The staircase of sorted ranks, int64 ``[B or 1, T]``: a query sees keys up to its rank."""
+    """The mask of sorted ranks, int64 ``[B or 1, T]``: a query sees all keys up to its rank."""
     n_batch, n_queries, n_keys = max(len(rank_q), len(rank_k)), rank_q.shape[1], rank_k.shape[1]
     rank_q, rank_k = (r.expand(n_batch, -1).contiguous() for r in (rank_q, rank_k))
     q_end = torch.searchsorted(rank_k, rank_q, right=True, out_int32=True)[None]
@@ -319,28 +336,28 @@ def _build(
     rules: tuple,
     device: Device,
 ) -> IntervalMask:
-    """``builder(*edges, *rules)``, on the host for ints, else on the device of the lengths."""
+    """``builder(*edges, *rules)``: on the host for ints, on their device for tensors."""
     tensors = [x for x in lengths.values() if isinstance(x, Tensor)]
     default = tensors[0].device if tensors else "cpu"
-    device = _with_index(default if device is None else device)
-    if tensors or torch.compiler.is_compiling():
-        return builder(*(_edges(name, x, device) for name, x in lengths.items()), *rules)
+    device = resolve_device(default if device is None else device)
+    if tensors or is_traced():
+        return builder(*(block_edges(name, x, device) for name, x in lengths.items()), *rules)
     ints = tuple(
-        (name, tuple(_as_lengths(name, x)))
+        (name, tuple(lengths_list(name, x)))
         for name, x in lengths.items()
-        if not isinstance(x, Tensor)  # none is; for the type checker
+        if not isinstance(x, Tensor)  # always true, for the type checker
     )
     return _build_on_host(builder, ints, rules, device)
 
 
-# Layouts are few and come back at every step, so masks of ints are kept. Those of tensors are not:
-# their content may change behind our back.
+# The same few layouts come back at every step, so masks built from ints are cached. Masks built
+# from tensors are not: a tensor may be written to after the call.
 @functools.lru_cache(maxsize=64)
 def _build_on_host(builder, lengths, rules, device) -> IntervalMask:
-    with torch.inference_mode(False):  # what is kept must serve training too
+    with torch.inference_mode(False):  # cached tensors must serve training too
         host = torch.device("cpu")
         tensors = ((name, torch.tensor(x, dtype=torch.int64, device=host)) for name, x in lengths)
-        edges = (_edges(name, x, host) for name, x in tensors)
+        edges = (block_edges(name, x, host) for name, x in tensors)
         mask = builder(*edges, *rules).to(device)
     mask.queries.mark_dynamic()
     mask.keys.mark_dynamic()
@@ -354,7 +371,7 @@ def _block_causal(
     i = torch.arange(start, stop, device=edges.device)
     q_edges = edges[start : stop + 1] - edges[start]
     queries = Runs.of(q_edges, _past_blocks(edges, i, i + 1, window, sink_blocks))
-    # Block j is seen by a run of query blocks, from itself to as far as the window reaches.
+    # Query blocks that see key block j: from j to the last one whose window reaches back to j.
     j = torch.arange(n_blocks, device=edges.device)
     last = _last_query_block(j, n_blocks, window, sink_blocks)
     begin, end = (edges[x.clamp(start, stop)] - edges[start] for x in (j, last))
@@ -396,7 +413,7 @@ def _full(q_edges: Tensor, k_edges: Tensor, is_self: bool) -> IntervalMask:
 def _past_blocks(
     edges: Tensor, i: Tensor, stop: Tensor, window: int | None, sink_blocks: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Keys of query block i among the blocks before ``stop``: the sinks, then the window."""
+    """Keys that query block i sees among the blocks before ``stop``: sinks, then the window."""
     if window is None:
         return [(torch.zeros_like(edges[stop]), edges[stop])]
     first = (i - window + 1).clamp(min=0)
@@ -418,93 +435,11 @@ def _join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[
     return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
 
 
-def _edges(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
-    """First token of every block and the end of the last, int32 ``[N + 1]``."""
-    lengths = _as_tensor(name, lengths, device)
-    require((lengths >= 0).all(), f"{name}: expected no negative number, got one")
-    edges = pad(lengths.cumsum(0), (1, 0))
-    require(edges[-1] <= MAX_TOKENS, f"{name}: expected at most {MAX_TOKENS} tokens, got more")
-    return edges.to(torch.int32)
-
-
 def _total(edges: Tensor) -> int | None:
-    """The number of tokens, where knowing it waits for nothing."""
+    """The number of tokens, or None if reading it would wait for the GPU."""
     return int(edges[-1]) if on_host(edges) else None
 
 
 def _sum(counts: list[int | None]) -> int | None:
     known = [n for n in counts if n is not None]
     return sum(known) if len(known) == len(counts) else None
-
-
-def _as_tensor(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
-    """Lengths as int64 ``[N]``."""
-    if not isinstance(lengths, Tensor):
-        values = torch.tensor(_as_lengths(name, lengths), dtype=torch.int64, device="cpu")
-        return values.to(device, non_blocking=True)
-    if not _is_integral(lengths.dtype):
-        raise ValueError(f"{name}: expected integers, got {lengths.dtype}")
-    if lengths.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {lengths.device}")
-    return lengths.to(torch.int64)
-
-
-def _as_lengths(name: str, lengths: Sequence[int]) -> list[int]:
-    """Integers of 0 or more; NumPy's are fine, bools and floats are not."""
-    if torch.compiler.is_compiling():  # they may be symbols there
-        return [*lengths]
-    for n in lengths:
-        if not is_int(n):
-            raise ValueError(f"{name}: expected integers, got {n!r}")
-        if n < 0:
-            raise ValueError(f"{name}: expected no negative number, got {n}")
-        if n > MAX_TOKENS:
-            raise ValueError(f"{name}: expected at most {MAX_TOKENS} tokens, got {n}")
-    return [int(n) for n in lengths]
-
-
-def _count(name: str, lengths: BlockLengths) -> int:
-    """How many lengths there are, or a ValueError."""
-    if isinstance(lengths, Tensor) and lengths.ndim != 1:
-        raise ValueError(f"{name}: expected shape [N], got {list(lengths.shape)}")
-    if not hasattr(lengths, "__len__"):
-        raise ValueError(f"{name}: expected a sequence of ints or a tensor, got {lengths!r}")
-    return len(lengths)
-
-
-def _are_same(q_lengths: BlockLengths, k_lengths: BlockLengths) -> bool:
-    """As far as can be told without reading a GPU."""
-    if q_lengths is k_lengths:
-        return True
-    if any(isinstance(x, Tensor) and not on_host(x) for x in (q_lengths, k_lengths)):
-        return False
-    return [int(n) for n in q_lengths] == [int(n) for n in k_lengths]
-
-
-def _is_integral(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-
-
-def _check_window(window: int | None, sink_blocks: int) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if window is not None and (not is_int(window) or window < 1):
-        raise ValueError(f"window: expected None or at least 1 block, got {window!r}")
-    if not is_int(sink_blocks) or sink_blocks < 0:
-        raise ValueError(f"sink_blocks: expected 0 or more, got {sink_blocks!r}")
-
-
-def _blocks(query_blocks: range, n_blocks: int) -> tuple[int, int]:
-    if not isinstance(query_blocks, range) or query_blocks.step != 1:
-        raise ValueError(f"query_blocks: expected a range of step 1, got {query_blocks!r}")
-    if not 0 <= query_blocks.start <= query_blocks.stop <= n_blocks:
-        raise ValueError(f"query_blocks: expected blocks in 0..{n_blocks}, got {query_blocks}")
-    return query_blocks.start, query_blocks.stop
-
-
-def _with_index(device: torch.device | str) -> torch.device:
-    """``cuda`` means the current one; a mask that is kept must say which that was."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -104,7 +104,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of the rows of a chunk, all heads."""
-    if not chunk.keys:
+    if not chunk.keys or q.shape[1] == 0:  # no heads, as on a rank that was given none
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
     k, v = (_take(x, chunk.keys) for x in (k, v))
     parts = [
@@ -129,7 +129,7 @@ def _attend_backward(
     softmax_scale: float,
 ) -> Tensor:
     """``dq`` of the rows of a chunk; adds what they give to ``dk`` and ``dv``."""
-    if not chunk.keys:
+    if not chunk.keys or q.shape[1] == 0:
         return torch.zeros_like(q)
     k, v = (_take(x, chunk.keys) for x in (k, v))
     dq = []

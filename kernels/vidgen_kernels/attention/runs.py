@@ -1,7 +1,10 @@
-"""Runs of tokens with the same visibility, and the intervals of the other side that they see.
+"""`Runs`: one side of a mask, queries or keys, as runs of tokens with the same intervals.
 
-Legend: I intervals (at most 3), B batch rows of the mask (1 when all share it), R runs, T tokens.
-Positions are int32. What lies on a GPU is computed there and never read back.
+A mask holds two: for each run of queries the intervals of keys that it sees, and for each run of
+keys the intervals of queries that see it. `intervals.py` builds and combines them.
+
+Legend: I intervals (at most 3), B batch rows of the mask (1 if all share it), R runs, T tokens.
+Positions are int32. Tensors on a GPU are computed there and never read back.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .mask_inputs import on_host, require
 
 MAX_INTERVALS = 3
 
@@ -29,7 +34,7 @@ class Runs:
     def of(cls, edges: Tensor, intervals: Sequence[tuple[Tensor, Tensor]]) -> Runs:
         """From run edges ``[R + 1]`` and intervals in any order, each a pair of ``[R]``.
 
-        A single run gets an empty one beside it: tracers give sizes of 1 a program of their own.
+        A single run is padded to two: torch.compile specializes on size 1.
         """
         if len(edges) == 2:
             edges = torch.cat([edges, edges[1:]])
@@ -51,7 +56,7 @@ class Runs:
 
     @property
     def n_tokens(self) -> Tensor | int:
-        """Tokens covered, as a tensor where the lengths are one."""
+        """The number of tokens: a tensor that is not read back, or an int for runs of one."""
         if self.stop is None:
             return self.begin.shape[-1]
         return self.stop[0, -1] if self.stop.shape[-1] else 0
@@ -71,10 +76,11 @@ class Runs:
         return self.begin.gather(-1, run), self.end.gather(-1, run)
 
     def _fill(self, stop: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """`expand` on a CPU: a copy per run beats a gather, whose index is twice the result."""
+        """`expand` on a CPU. Copying run by run is faster than a gather, which reads an int64
+        index, twice the size of the result."""
         table = torch.stack([self.begin, self.end])
         out = table.new_empty(*table.shape[:3], n_tokens)
-        # [B, R] stops fill the batch rows one by one, [1, R] fill all at once
+        # stops [B, R] differ by batch row, so rows are filled one by one; [1, R] fill all at once
         rows = [slice(b, b + 1) for b in range(len(stop))] if len(stop) > 1 else [slice(None)]
         for row, stops in zip(rows, stop.tolist(), strict=True):
             lengths = [hi - lo for lo, hi in itertools.pairwise([0, *stops])]
@@ -95,32 +101,34 @@ class Runs:
         return Runs(stop, begin, end)
 
     def without(self, begin: Tensor, end: Tensor) -> Runs:
-        """The intervals less ``begin..end`` ``[B, 1]``, which makes at most one more of them."""
+        """The intervals without positions ``begin..end`` ``[B, 1]``: at most one more interval."""
         left = torch.broadcast_tensors(self.begin, self.end.minimum(begin))
         right = torch.broadcast_tensors(self.begin.maximum(end), self.end)
         pieces = (torch.cat(x) for x in zip(left, right, strict=True))
         return Runs(self.stop, *_tidy(*pieces, limit=len(self.begin) + 1))
 
     def emptied(self, begin: Tensor, end: Tensor) -> Runs:
-        """No intervals for the runs that start in ``begin..end`` ``[B, 1]``."""
+        """The same runs; those that start in ``begin..end`` ``[B, 1]`` see nothing."""
         keep = ((self.starts < begin) | (self.starts >= end)).to(torch.int32)
         return Runs(self.stop, self.begin * keep, self.end * keep)
 
     def mark_dynamic(self) -> None:
-        """Tells a tracer that the number of runs is data: a new layout recompiles nothing."""
+        """Tells torch.compile that the number of runs varies, so that a new layout does not
+        recompile."""
         for x in (self.stop, self.begin, self.end):
             if x is not None:
                 torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1)
 
     def to(self, device: torch.device) -> Runs:
-        # non_blocking: the driver stages these few bytes; a blocking copy would wait for the GPU
+        # a blocking copy would wait for the GPU; for these few bytes the driver buffers the source
         stop = None if self.stop is None else self.stop.to(device, non_blocking=True)
         begin, end = (x.to(device, non_blocking=True) for x in (self.begin, self.end))
         return Runs(stop, begin, end)
 
 
 def concatenate(runs: Sequence[Runs], others: Sequence[Runs]) -> Runs:
-    """Runs one after another; ``others``, their other side, say how far the intervals move."""
+    """Runs one after another. ``others`` are the other sides of the same masks: each mask's
+    intervals move by the number of tokens that the other sides before it have."""
     n_intervals = max(len(r.begin) for r in runs)
     n_batch = max(r.batch_size for r in runs)
     stops, begins, ends = [], [], []
@@ -140,27 +148,14 @@ def concatenate(runs: Sequence[Runs], others: Sequence[Runs]) -> Runs:
     return Runs(*(torch.cat(x, dim=-1) for x in (stops, begins, ends)))
 
 
-def on_host(x: Tensor) -> bool:
-    """True where looking at values costs nothing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def require(condition: Tensor, message: str) -> None:
-    """ValueError where the value can be looked at for free, else an assertion on its device."""
-    if not on_host(condition):
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ValueError(message)
-
-
 def _tidy(begin: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Sorts the intervals of each run, merges touching ones, drops empty ones.
 
-    ``limit`` are kept, the most that the construction can need, so that their number depends on the
-    kind of mask and not on its lengths: a new layout recompiles nothing.
+    Keeps ``limit`` intervals, the most that this kind of mask can need. The number does not depend
+    on the lengths, so a new layout does not recompile.
     """
     begin, end = _by_begin(begin, end)
-    for s in range(len(begin) - 1):  # an interval that touches the next one is carried into it
+    for s in range(len(begin) - 1):  # one that touches the next is merged into it
         touches = (begin[s + 1] <= end[s]) & (begin[s + 1] < end[s + 1])
         carried, rest = torch.where(touches, begin[s], begin[s + 1]), end[s].masked_fill(touches, 0)
         begin = torch.cat([begin[: s + 1], carried[None], begin[s + 2 :]])

@@ -9,7 +9,8 @@ from ..common.front_door import prepare, resolve_scale
 from ..common.registration import define_op
 from . import portable
 from .interval_attention import backward_op, forward_op, register_autograd
-from .intervals import check_ranks, sorted_ranks
+from .intervals import sorted_ranks
+from .mask_inputs import check_ranks
 from .tokens import select_tokens
 
 

@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-DEVICES = ("cpu", "cuda")  # HIP devices are called cuda
+DEVICES = ("cpu", "cuda", "meta")  # HIP devices are called cuda; meta tensors have shapes alone
 MAX_HEAD_DIM = 256
+
+_MODES = torch._C._TorchDispatchModeKey
+TRACERS = (_MODES.FAKE, _MODES.FUNCTIONAL, _MODES.PROXY)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,7 +22,6 @@ def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_tensor(name, x, None if name == "q" else ("q", q))
         if x.ndim != 4:
             raise ValueError(f"{name}: expected shape [B, H, T, D], got {list(x.shape)}")
-        check_last_dim(name, x)
     n_batch, n_heads, _, head_dim = q.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
@@ -27,11 +30,11 @@ def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if (k.shape[0], k.shape[3]) != (n_batch, head_dim):
         expected = f"[{n_batch}, Hkv, Tk, {head_dim}]"
         raise ValueError(f"k: expected shape {expected} to match q, got {list(k.shape)}")
-    if n_heads == 0 or k.shape[1] == 0 or n_heads % k.shape[1]:
+    if (k.shape[1] == 0) != (n_heads == 0) or n_heads % max(k.shape[1], 1):
         actual = f"{n_heads} and {k.shape[1]}"
-        raise ValueError(f"k: expected q's heads to be a multiple of k's, at least 1, got {actual}")
+        raise ValueError(f"k: expected q's heads to be a multiple of k's, got {actual}")
     refuse_tangents(q, k, v)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = (contiguous_rows(x) for x in _autocast(q, k, v))
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: expected dtype {q.dtype} as q has, got {x.dtype}")
@@ -61,6 +64,21 @@ def check_video(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) ->
         raise ValueError(f"{name}: expected shape [B, C, T, H, W], got {list(x.shape)}")
 
 
+def is_traced() -> bool:
+    """Whether tensors may stand for others: torch.compile, fake and functional tensors, make_fx.
+
+    Values may not be read there, and what is built may not be kept for calls outside.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS
+    ):
+        return True
+    transform = peek_interpreter_stack()
+    return transform is not None and transform.key() == TransformType.Functionalize
+
+
 def is_int(x: Any) -> bool:
     """True for integers, NumPy's too, not for bools and tensors; not for tracers."""
     return hasattr(x, "__index__") and not isinstance(x, (bool, Tensor))
@@ -78,7 +96,13 @@ def check_number(name: str, x: float, low: float = -math.inf, high: float = math
     is_number = torch.compiler.is_compiling() or hasattr(x, "__float__")
     if isinstance(x, Tensor) or not (is_number and low <= x <= high and abs(x) < math.inf):
         got = "a tensor" if isinstance(x, Tensor) else x
-        raise ValueError(f"{name}: expected a finite number from {low} to {high}, got {got}")
+        limits = f" from {low} to {high}" if (low, high) != (-math.inf, math.inf) else ""
+        raise ValueError(f"{name}: expected a finite number{limits}, got {got}")
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x``, or a copy of it where its last dim is not contiguous."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def check_last_dim(name: str, x: Tensor) -> None:
@@ -89,17 +113,23 @@ def check_last_dim(name: str, x: Tensor) -> None:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast asks an operator on ``x`` for: that of ``x`` outside of it."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 
 
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
-    """Default and sign: kernels scale after the maximum, so what is not positive goes into q."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"softmax_scale: expected a finite number, got {scale}")
-    return (q, scale) if scale > 0 else (q * scale, 1.0)
+    """Default and sign: kernels scale after the maximum, so what is not positive goes into q.
+
+    So does what the kernels' fp32 rounds to 0: times a score of -inf, which stands for a key that
+    is not seen, it would give NaN.
+    """
+    if softmax_scale is None:
+        return q, q.shape[-1] ** -0.5
+    check_number("softmax_scale", softmax_scale)
+    scale = float(softmax_scale)
+    smallest = torch.finfo(torch.promote_types(q.dtype, torch.float32)).tiny
+    return (q, scale) if scale >= smallest else (q * scale, 1.0)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

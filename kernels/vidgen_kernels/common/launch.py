@@ -17,9 +17,12 @@ def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """An fp32 product takes three TF32 ones, unless torch is allowed plain TF32."""
+    """An fp32 product takes three TF32 ones, unless torch is allowed plain TF32.
+
+    `fp32_precision` follows all ways to say so; `allow_tf32` may not be read after some of them.
+    """
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return "ieee"
 
 

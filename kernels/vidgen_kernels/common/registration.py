@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 
 from .launch import is_interpreted
@@ -38,7 +39,11 @@ class Op:
 
         def forward(ctx, keyset, lengths, *flat):
             args = _nest(flat, lengths)
-            results = self._below_autograd(keyset, args)
+            if torch._C._are_functorch_transforms_active():
+                with torch.enable_grad():  # for the transforms around this one
+                    results = self._below_autograd(keyset, args)
+            else:
+                results = self._below_autograd(keyset, args)
             ctx.lengths = lengths
             ctx.needs_input_grad = _nest(ctx.needs_input_grad[2:], lengths)
             if setup_context is not None:
@@ -52,11 +57,19 @@ class Op:
         name = self.name.split("::")[1]
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
         function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
+        # torch.func reaches operators level by level, as it does PyTorch's own; `Function.apply`
+        # takes all levels at once.
+        apply_at_this_level = super(torch.autograd.Function, function).apply  # pyright: ignore
 
         def on_autograd(keyset, *args):
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 lengths = tuple([len(x) if isinstance(x, list) else _NO_LIST for x in args])
-                results = function.apply(keyset, lengths, *_flatten(args, lengths))
+                flat = _flatten(args, lengths)
+                if torch._C._are_functorch_transforms_active():  # called once for each of them
+                    with enable_single_level_autograd_function():
+                        results = apply_at_this_level(keyset, lengths, *flat)
+                else:
+                    results = function.apply(keyset, lengths, *flat)
                 return list(results) if returns_list else results
             return self._below_autograd(keyset, args)
 
@@ -93,7 +106,10 @@ def define_op(
             return OPS[name].launch(*args)
 
     def on_cpu(*args):
-        run = OPS[name].launch if is_interpreted() else portable
+        run = portable
+        if is_interpreted():
+            _refuse_bf16(name, args)
+            run = OPS[name].launch
         if not torch.is_autocast_enabled("cpu"):
             return run(*args)
         with torch.autocast("cpu", enabled=False):  # the caller has cast what is to be cast
@@ -110,6 +126,16 @@ def define_op(
     torch.library.register_vmap(f"vidgen::{name}", no_vmap, lib=LIBRARY)
     OPS[name] = Op(name, launch, getattr(torch.ops.vidgen, name).default)
     return OPS[name]
+
+
+def _refuse_bf16(name: str, args: Iterable[Any]) -> None:
+    """Triton's interpreter multiplies and stores the bits of bf16 as if they were integers."""
+    dtypes = [x for x in args if isinstance(x, torch.dtype)] + [x.dtype for x in _tensors(args)]
+    if torch.bfloat16 in dtypes:
+        raise NotImplementedError(
+            f"vidgen::{name}: expected fp16, fp32 or fp64 under TRITON_INTERPRET=1, got bfloat16, "
+            "which Triton's interpreter computes wrongly"
+        )
 
 
 def refuse_double_backward(backward_op: Op) -> None:

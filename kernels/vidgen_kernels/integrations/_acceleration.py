@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..norms.feature_cache import FeatureCache
 from . import _forwards
-from ._cogvideox import FusedBlock, FusedProcessor, Plan, RotaryAngles, affine, refuse_caches
+from ._cogvideox import FusedBlock, FusedProcessor, Plan, RotaryAngles, check_norms, refuse_caches
 
 CACHE = "feature_cache"  # its name in the transformer
 
@@ -155,16 +155,7 @@ def _check_block(name: str, block: nn.Module) -> None:
         raise ValueError(f"{name}: expected a model that is not accelerated yet, got one that is")
     if not _forwards.can_replace(block) or type(block) is not CogVideoXBlock:
         raise ValueError(f"{name}: expected the forward method of diffusers, got another one")
-    norms = {"norm1.norm": block.norm1.norm, "norm2.norm": block.norm2.norm}
-    norms |= {"attn1.norm_q": block.attn1.norm_q, "attn1.norm_k": block.attn1.norm_k}
-    for norm_name, norm in norms.items():
-        affine(norm)
-        hooks = getattr(getattr(norm, "_diffusers_hook", None), "hooks", {})
-        if hooks or hasattr(norm, "_hf_hook"):
-            raise ValueError(
-                f"{name}.{norm_name}: expected no hook on a norm, whose weight is read, got one: "
-                "offload models or blocks, not leaf modules"
-            )
+    check_norms(block, name)
 
 
 def feature_cache(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..attention.interval_attention import interval_attention
 from ..attention.intervals import IntervalMask
-from ..attention.runs import require
+from ..attention.mask_inputs import require
 from ..norms.arguments import Modulation
 from ..norms.feature_cache import FeatureCache
 from ..norms.residual_norm import residual_norm, run
@@ -49,8 +49,24 @@ def join(video: Tensor, text: Tensor) -> Tensor:
     """[B, N, D], text first."""
     remembered = getattr(video, "_vidgen_joint", None)
     if remembered is not None and remembered[0] is text:
-        return remembered[1]
+        joint = remembered[1]
+        if torch.compiler.is_compiling() or (
+            text.shape[1] + video.shape[1] == joint.shape[1]
+            and _is_part(text, joint, 0)
+            and _is_part(video, joint, text.shape[1])
+        ):
+            return joint
     return torch.cat([text, video], dim=1)
+
+
+def _is_part(x: Tensor, joint: Tensor, first: int) -> bool:
+    """Whether ``x`` is a view of ``joint`` from token ``first`` on: ``x.data = ...`` ends that."""
+    return (
+        x.untyped_storage()._cdata == joint.untyped_storage()._cdata
+        and x.storage_offset() == joint.storage_offset() + first * joint.stride(1)
+        and x.stride() == joint.stride()
+        and (x.shape[0], x.shape[2]) == (joint.shape[0], joint.shape[2])
+    )
 
 
 class RotaryAngles:
@@ -174,6 +190,7 @@ class FusedBlock:
 
     def __init__(self, block: Any, layer: int, plan: Plan) -> None:
         self.block, self.layer, self.plan = block, layer, plan
+        self.name = f"transformer_blocks.{layer}"
         self.is_last = layer + 1 == len(plan.transformer.transformer_blocks)
 
     def forward(
@@ -190,6 +207,7 @@ class FusedBlock:
         else:
             x = join(hidden_states, encoder_hidden_states)
             before = Pending(None, None, None, encoder_hidden_states.shape[1])
+        check_norms(block, self.name)
         video, text = _modulations(block.norm1, temb)
         h, a = self._enter(x, before, video, text)
         parts = split(a, before.text_length)
@@ -247,6 +265,11 @@ def refuse_caches(transformer: CogVideoXTransformer3DModel) -> None:
         raise ValueError(f"transformer: {expected}, got {got}: call transformer.disable_cache()")
     if torch.compiler.is_compiling():
         return
+    for i, block in enumerate(transformer.transformer_blocks):
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            for hook in getattr(block, kind).values():
+                got = f"{kind.strip('_').removesuffix('s')} {getattr(hook, '__name__', hook)}"
+                raise ValueError(f"transformer_blocks.{i}: {expected}, got {got}")
     for name, module in transformer.named_modules():
         for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
             if type(hook).__module__ not in HARMLESS_HOOKS:
@@ -257,9 +280,34 @@ def affine(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None, float]
     """Weight, bias and eps of a LayerNorm; of None, those of no norm."""
     if norm is None:
         return None, None, 1e-6
-    if not isinstance(norm, nn.LayerNorm):
-        raise ValueError(f"norm: expected a LayerNorm, got {type(norm).__name__}")
+    assert isinstance(norm, nn.LayerNorm)  # `check_norms`
     return norm.weight, norm.bias, norm.eps
+
+
+def check_norms(block: Any, name: str) -> None:
+    """ValueError where a norm is of another class, or has a hook: their weights are read here.
+
+    Both may be so before a model is accelerated, or come about later.
+    """
+    for n in ("norm1", "norm2"):
+        if not isinstance(norm := getattr(block, n), CogVideoXLayerNormZero):
+            got = type(norm).__name__
+            raise ValueError(f"{name}.{n}: expected a CogVideoXLayerNormZero, got {got}")
+    norms = {"norm1.norm": block.norm1.norm, "norm2.norm": block.norm2.norm}
+    norms |= {"attn1.norm_q": block.attn1.norm_q, "attn1.norm_k": block.attn1.norm_k}
+    for n, norm in norms.items():
+        if norm is None:
+            continue
+        if not isinstance(norm, nn.LayerNorm):
+            raise ValueError(f"{name}.{n}: expected a LayerNorm, got {type(norm).__name__}")
+        if torch.compiler.is_compiling():
+            continue
+        hooks = getattr(getattr(norm, "_diffusers_hook", None), "hooks", {})
+        if hooks or hasattr(norm, "_hf_hook"):
+            raise ValueError(
+                f"{name}.{n}: expected no hook on a norm, whose weight is read, got one: "
+                "offload models or blocks, not leaf modules"
+            )
 
 
 def _norm_options(norm: CogVideoXLayerNormZero) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def test_the_norm_reads_the_rounded_h(dtype: torch.dtype) -> None:
 def test_vectors_of_text_get_gradients_of_their_own_precision() -> None:
     """Per token, beside vectors in low precision."""
     x, f = (leaf(1, 5, 8) for _ in "xf")
-    own = {n: leaf(1, 3, 8, dtype=torch.bfloat16) for n in ("gate", "scale", "shift")}
+    own = {n: leaf(1, 3, 8, dtype=torch.float16) for n in ("gate", "scale", "shift")}
     text = Modulation(*(leaf(1, 2, 8) for _ in "gsb"))
     wide = {name: v.detach().double().requires_grad_() for name, v in own.items()}
     upstream = [torch.randn(1, 5, 8).double() for _ in "ha"]

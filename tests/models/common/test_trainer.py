@@ -90,11 +90,13 @@ def test_the_recipe(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="loss: expected a finite number at step 1, got inf"):
-        line_trainer(tmp_path, float("inf")).train()
+        line_trainer(tmp_path, 3e38).train()  # times 2: beyond fp32
     steep = Steep()
     with pytest.raises(ValueError, match="gradients: expected a finite number at step 1, got nan"):
         line_trainer(tmp_path, 1.0, objective=steep).train()
     assert steep.model.weight.item() == 2.0
+    with pytest.raises(ValueError, match=r"data/0\.safetensors: x: expected finite numbers"):
+        line_trainer(tmp_path, float("nan")).train()
     assert not list(tmp_path.glob("step_*"))
 
 

@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen.common.checkpoint import load_exactly, read_folder, read_state_dict
+from vidgen.common.checkpoint import (
+    load_exactly,
+    read_folder,
+    read_state_dict,
+    without_common_prefix,
+)
 from vidgen.ops import EAGER, Ops
 
 from .config import OUT_NORM_EPS, CogVideoXConfig
@@ -45,15 +50,16 @@ def load_transformer(
     state = {k: x for k, x in transformer_weights(state).items() if k not in SAT_UNUSED}
     if (table := state.pop(SAT_TABLE, None)) is not None:
         _check_table(config, table)
-    state = to_diffusers(state)
-    if config.gates and GATES not in state:
+    with torch.device("meta"):
+        model = CogVideoXTransformer(config, ops)
+    expected = model.state_dict().keys()
+    state = without_common_prefix(to_diffusers(state), expected)
+    if expected - state.keys() == {GATES}:
         warnings.warn(
             f"the checkpoint has no {GATES}: plain CogVideoX, all gates are set to 0", stacklevel=2
         )
         like = next(iter(state.values()))
         state[GATES] = like.new_zeros(config.num_layers)
-    with torch.device("meta"):
-        model = CogVideoXTransformer(config, ops)
     load_exactly(model, state)
     return model
 
@@ -80,7 +86,8 @@ def read_pretrained(
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     config, state = read_folder(folder)
-    return CogVideoXConfig.from_dict({"gates": GATES in state, **config, **options}), state
+    has_gates = any(key.split(".")[-1] == GATES for key in state)  # whatever the prefix
+    return CogVideoXConfig.from_dict({"gates": has_gates, **config, **options}), state
 
 
 def is_sat_folder(folder: str | Path) -> bool:
