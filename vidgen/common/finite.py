@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+HINT = "a model in fp16 overflows above 65504, bf16 and fp32 do not"
+
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError that names the first tensor with NaN or infinity, and how many it has."""
@@ -50,5 +52,5 @@ class FiniteSteps:
             if not is_good:
                 raise ValueError(
                     f"{self._what}: expected finite numbers, got NaN or infinity from {step} on; "
-                    "half precision overflows above 65504: try bf16 or fp32"
+                    f"{HINT}"
                 )

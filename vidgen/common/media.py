@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import check_new, written_whole
+from .finite import HINT, is_finite
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,12 +25,23 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".mkv", ".mov")
 
 
-def to_uint8(video: Tensor, *, rounded: bool = True) -> Tensor:
+def to_uint8(video: Tensor, *, rounded: bool = True, first: int = 0) -> Tensor:
     """Frames ``[..., T, H, W, 3]`` uint8 from a video ``[..., 3, T, H, W]`` in [-1, 1].
 
     ``127.5 * video + 127.5``, clamped, and rounded; with ``rounded=False`` its fraction is cut off,
     as in the released code of Pyramid Flow and NOVA.
+
+    Args:
+        first: how many frames came before these ones, for the error.
+
+    Raises:
+        ValueError: NaN or infinity, which would become black or any other pixels.
     """
+    if not is_finite(video):
+        finite = video.movedim(-3, 0).flatten(1).isfinite().all(dim=1)
+        n = first + 1 + finite.tolist().index(False)
+        what = f"expected finite numbers from the VAE, got NaN or infinity from frame {n} on"
+        raise ValueError(f"frames: {what}; {HINT}")
     x = video.to(torch.promote_types(video.dtype, torch.float32))
     pixels = (x * 127.5).add_(127.5).clamp_(0, 255).movedim(-4, -1)
     pixels = pixels.round() if rounded else pixels

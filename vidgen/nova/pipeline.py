@@ -172,8 +172,10 @@ class NovaPipeline:
 
     @torch.inference_mode()
     def _decode(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:
+        n_decoded = 0
         for part in self.vae.decode_chunks(x.to(self.vae.dtype) for x in latents):
-            yield to_uint8(part.cpu(), rounded=False)
+            yield to_uint8(part.cpu(), rounded=False, first=n_decoded)
+            n_decoded += part.shape[2]
 
 
 def shifted(schedule: Schedule, shift: float) -> Schedule:

@@ -226,7 +226,8 @@ class PyramidFlowPipeline:
             video = self.vae.decode(x, window=window, tile=tile)
             # A part at a time: the conversion to 8 bits makes copies in fp32.
             parts = [
-                to_uint8(part, rounded=False).cpu() for part in video.split(ENCODE_WINDOW, dim=2)
+                to_uint8(part, rounded=False, first=i * ENCODE_WINDOW).cpu()
+                for i, part in enumerate(video.split(ENCODE_WINDOW, dim=2))
             ]
             return torch.cat(parts, dim=1)
 
@@ -237,7 +238,7 @@ class UnitDecoder:
     def __init__(self, vae: CausalVideoVAE, stats: LatentStats, tile: int | None = None) -> None:
         self.vae, self.stats = vae, stats
         self._waiting: deque[Tensor] = deque()
-        self._n_decoded = 0
+        self._n_decoded = self._n_frames = 0  # latent frames given, frames made
         self._video = vae.decode_chunks(self._units(), tile=tile)
 
     @torch.no_grad()
@@ -249,7 +250,9 @@ class UnitDecoder:
         unit_latents = denormalize_latents(unit, self.stats, start=self._n_decoded)
         self._waiting.append(_for_vae(self.vae, unit_latents))
         self._n_decoded += unit.shape[2]
-        return to_uint8(next(self._video), rounded=False).cpu()
+        frames = to_uint8(next(self._video), rounded=False, first=self._n_frames).cpu()
+        self._n_frames += frames.shape[1]
+        return frames
 
     def _units(self) -> Iterator[Tensor]:
         while True:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vidgen.common.finite import FiniteSteps
 from vidgen.common.progress import SILENT, Progress
 
 from ..model.embeddings import N_CLASSES
@@ -162,8 +163,11 @@ def _sample(
         if n_given == n_frames:
             return
     frame_condition = slots.first(given)
+    finite = FiniteSteps("latents")
     for t in progress.track(range(n_given, n_frames), "frames"):
         latents = frames.make(frame_condition)[:, :, None]
+        finite.note(f"frame {t + 1} of {n_frames}", latents)
+        finite.check()
         yield latents
         if t + 1 < n_frames:
             frame_condition = slots.next(latents)

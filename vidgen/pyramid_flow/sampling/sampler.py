@@ -67,7 +67,8 @@ def sample(
         on_stage: called with the record of every stage.
 
     Raises:
-        ValueError: shapes that do not fit, missing negative prompts, nothing left to make.
+        ValueError: shapes that do not fit, missing negative prompts, nothing left to make; latents
+            that are no longer finite, with the step that made them so.
     """
     with torch.no_grad():
         state = SamplerState(model, _prompts(text), config, noise, given)
@@ -80,7 +81,9 @@ def sample(
                     on_stage(StageRecord(unit, stage, start, velocity, x))
             state.finish(unit, x)
             if on_unit is not None:
+                state.finite.check()
                 on_unit(x)
+        state.finite.check()
         return state.history[-1]
 
 
@@ -100,6 +103,7 @@ def integrate(
         if model_velocity.is_guided:
             uncond, velocity = velocity.chunk(2)
         x = state.ops.euler_step(x, velocity, step, uncond=uncond, guidance=scale)
+        state.finite.note(f"step {i + 1} of stage {stage + 1} of unit {unit + 1}", x)
     assert first is not None
     return x, first
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidgen.common.finite import FiniteSteps
 from vidgen.ops import EAGER, Ops
 
 from ..model.config import PATCH
@@ -86,6 +87,7 @@ class SamplerState:
         # Plain PyTorch rounds after each operation, as the released code does.
         self.ops: Ops = EAGER if config.round_official else model.ops
         self.noise = DrawnNoise(dtype=self.latent_dtype) if noise is None else noise
+        self.finite = FiniteSteps("latents")
         self.n_prompts = len(text.prompt.features)
         self.n_given = self._check_given(given)
         check_prompts(text, config, self.n_given)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vidgen.common.finite import FiniteSteps
 from vidgen.common.progress import SILENT, Progress
 from vidgen.ops import EAGER, Ops
 
@@ -103,7 +104,9 @@ def sample(
     if uncond is not None:
         weights = (guidance or Guidance()).weights([step.timestep for step in steps])
     x0, both = None, None if uncond is None else torch.cat([uncond, text])
-    for step, weight in progress.track(list(zip(steps, weights, strict=True)), "denoising steps"):
+    finite = FiniteSteps("latents")
+    pairs = progress.track(list(zip(steps, weights, strict=True)), "denoising steps")
+    for i, (step, weight) in enumerate(pairs):
         guided = None if weight == 1 else both
         velocity, velocity_uncond = _predict(model, latents, text, guided, step)
         options = {
@@ -114,6 +117,7 @@ def sample(
         levels = step.sqrt_alpha, step.sqrt_alpha_next
         if not step.is_stochastic:
             latents = ops.ddim_step(latents, velocity, *levels, **options)
+            finite.note(f"denoising step {i + 1} of {len(steps)}", latents)
             continue
         z = None
         for _ in range(step.n_draws):
@@ -121,6 +125,8 @@ def sample(
         if step.sqrt_alpha_previous is not None:
             options |= {"previous": x0, "sqrt_alpha_previous": step.sqrt_alpha_previous}
         latents, x0 = ops.dpm_step(latents, velocity, *levels, noise=z, **options)
+        finite.note(f"denoising step {i + 1} of {len(steps)}", latents)
+    finite.check()
     return latents
 
 
