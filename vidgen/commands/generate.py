@@ -38,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates and writes the video; 0, or 1 if the request cannot be met."""
+    """Generates and writes the video; 0, or 1 if it is not the one that was asked for."""
     try:
         model = importlib.import_module(MODELS[args.model])
-        check_output(args.output, model.count_frames(args))
+        n_asked = model.count_frames(args)
+        check_output(args.output, n_asked)
         with Bars() as progress:
             video = model.generate(args, read_common(args, progress))
         write_frames(args.output, video.frames, video.fps)
@@ -50,4 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     n_frames, height, width, _ = video.frames.shape
     sys.stdout.write(f"{args.output}: {n_frames} frames of {height} x {width}\n")
+    if n_frames != n_asked:  # what was made is kept
+        sys.stderr.write(f"vidgen generate: expected {n_asked} frames, the model made {n_frames}\n")
+        return 1
     return 0

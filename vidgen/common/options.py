@@ -27,7 +27,7 @@ class GenerateRun(NamedTuple):
 
     checkpoint: Path | None  # None: random weights
     prompt: str | None
-    negative_prompt: str
+    negative_prompt: str | None  # None: the model's default
     embeddings: dict[str, Tensor] | None  # instead of a prompt
     ops: Ops
     dtype: torch.dtype
@@ -75,7 +75,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negative-prompt",
         metavar="TEXT",
-        default="",
         help="what guidance leads away from (default: what the model is released with)",
     )
     parser.add_argument(
@@ -102,6 +101,15 @@ def add_size_arguments(
             type=whole(1, MAX_SIDE),
             metavar="N",
             help=f"a multiple of {multiple} (default: {default})",
+        )
+
+
+def check_one_prompt(n_prompts: int) -> None:
+    """ValueError unless a file of features holds those of one prompt: a command makes one video."""
+    if n_prompts != 1:
+        raise ValueError(
+            f"embeddings: expected features of one prompt, got {n_prompts}: "
+            "write a file for each and call the command for each"
         )
 
 

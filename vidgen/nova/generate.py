@@ -15,7 +15,7 @@ from torch import Tensor
 from vidgen.common.arguments import MAX_STEPS, number, whole
 from vidgen.common.checkpoint import read_config
 from vidgen.common.media import fit, read_frames
-from vidgen.common.options import GenerateRun, Video, add_size_arguments
+from vidgen.common.options import GenerateRun, Video, add_size_arguments, check_one_prompt
 
 from .checks.random_weights import SMALL, random_features, random_pipeline
 from .model.config import NovaConfig
@@ -191,11 +191,13 @@ def _prompts(
     if args.class_label is not None:
         raise ValueError("class-label: expected none for a model of texts")
     if run.embeddings is not None:
-        return read_features(run.embeddings, config.text_token_dim, config.text_token_len)
+        features = read_features(run.embeddings, config.text_token_dim, config.text_token_len)
+        check_one_prompt(len(features.prompt))
+        return features
     if run.checkpoint is None:
         return random_features(config)
     assert run.prompt is not None
-    return pipeline.encode_prompts([run.prompt], run.negative_prompt)
+    return pipeline.encode_prompts([run.prompt], run.negative_prompt or "")
 
 
 def _given(

@@ -73,13 +73,16 @@ class NovaPipeline:
         """
         folder = Path(folder)
         schedule = read_schedule(read_config(folder / "scheduler", "scheduler_config.json"))
-        text_encoder = load_text_encoder(folder, dtype) if with_text_encoder else None
-        if text_encoder is not None:
+        transformer = load_pretrained(folder / "transformer", ops, size=size).to(device, dtype)
+        text_encoder = None
+        if with_text_encoder:
+            length = transformer.config.text_token_len  # longer prompts are cut
+            text_encoder = load_text_encoder(folder, dtype, length)
             text_encoder.model.to(device)
         vae = load_pretrained_vae(folder / "vae")
         is_wide = dtype == torch.float16 and vae.overflows_in_fp16
         return cls(
-            load_pretrained(folder / "transformer", ops, size=size).to(device, dtype),
+            transformer,
             vae.to(device, torch.float32 if is_wide else dtype),
             schedule,
             text_encoder,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vidgen.common.checkpoint import load_exactly, read_config, read_state_dict, write_state_dict
 from vidgen.common.text_encoders import read_tokenizer
 
-MAX_LENGTH = 256  # `text_token_len` of all released models
+MAX_LENGTH = 256  # `text_token_len` of the released models
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 KEYS = {"prompt": "prompt_embeds", "negative": "negative_prompt_embeds"}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidgen.common.arguments import MAX_SIDE, MAX_STEPS, number, whole
 from vidgen.common.media import IMAGES, fit, read_frames
-from vidgen.common.options import GenerateRun, Video, add_size_arguments
+from vidgen.common.options import GenerateRun, Video, add_size_arguments, check_one_prompt
 
 from .checks.random_weights import SMALL_SIZE, random_pipeline, random_prompts
 from .model.kv_cache import OFF, CacheEstimate, CachePolicy
@@ -248,10 +248,13 @@ def _n_hidden(args: argparse.Namespace, given: Tensor | None) -> int:
 def _prompts(pipeline: PyramidFlowPipeline, run: GenerateRun) -> Prompts:
     config = pipeline.transformer.config
     if run.embeddings is not None:
-        return read_features(run.embeddings, config)
+        prompts = read_features(run.embeddings, config)
+        check_one_prompt(len(prompts.prompt.features))
+        return prompts
     if run.checkpoint is None:
         return random_prompts(config)
     assert run.prompt is not None
-    prompts = pipeline.encode_prompts([run.prompt], run.negative_prompt or NEGATIVE_PROMPT)
+    negative = NEGATIVE_PROMPT if run.negative_prompt is None else run.negative_prompt
+    prompts = pipeline.encode_prompts([run.prompt], negative)
     pipeline.text_encoder = None  # frees the largest part, which is not used again
     return prompts

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidgen.common.arguments import MAX_STEPS, number, whole
 from vidgen.common.checkpoint import read_config
 from vidgen.common.media import to_uint8
-from vidgen.common.options import GenerateRun, Video, add_size_arguments
+from vidgen.common.options import GenerateRun, Video, add_size_arguments, check_one_prompt
 
 from .checks.random_weights import SMALL, SMALL_SIZE, fresh_model, fresh_vae, random_prompts
 from .model.config import CogVideoXConfig
@@ -71,7 +71,7 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--frames",
         type=whole(),
         metavar="N",
-        help=f"1 + 4 k (default: {size.n_frames}; with random weights {SMALL_SIZE.n_frames})",
+        help=f"1 + 8 k (default: {size.n_frames}; with random weights {SMALL_SIZE.n_frames})",
     )
     add(
         "--steps",
@@ -120,7 +120,9 @@ def count_frames(args: argparse.Namespace) -> int:
 
 def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
     """The video of one prompt; models are loaded one after another, each when it is needed."""
+    read_size(args).check_decodable(_config_of(run))
     transformer, prompts = load_models(args, run)
+    check_one_prompt(len(prompts.text))
     sampling = read_sampling(args, transformer.config)
     vae = find_vae(args, run, transformer.config)
     if args.tiling:
@@ -162,15 +164,12 @@ def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTr
     Sizes are checked before anything large is read, and T5 is freed before the transformer loads.
     """
     size, prompts = read_size(args), None
+    size.latent_shape(_config_of(run))
     if run.checkpoint is None:
-        size.latent_shape(SMALL)
         transformer = fresh_model(run.ops, run.generator.initial_seed())
         if run.embeddings is None:
             prompts = random_prompts(run.generator)
     else:
-        if not run.checkpoint.is_dir():
-            raise ValueError(f"checkpoint: expected a folder, {run.checkpoint} is none")
-        size.latent_shape(_config_in(run.checkpoint))
         if run.embeddings is None:
             prompts = _encode(args, run)
         transformer = load_pretrained(run.checkpoint, run.ops)
@@ -180,6 +179,15 @@ def load_models(args: argparse.Namespace, run: GenerateRun) -> tuple[CogVideoXTr
     text, uncond = (x if x is None else x.to(run.device, run.dtype) for x in prompts)
     assert text is not None
     return transformer, Prompts(text, _uncond(args, text, uncond))
+
+
+def _config_of(run: GenerateRun) -> CogVideoXConfig:
+    """The config of the model, before it is read."""
+    if run.checkpoint is None:
+        return SMALL
+    if not run.checkpoint.is_dir():
+        raise ValueError(f"checkpoint: expected a folder, {run.checkpoint} is none")
+    return _config_in(run.checkpoint)
 
 
 def _config_in(folder: Path) -> CogVideoXConfig:
@@ -203,7 +211,7 @@ def _encode(args: argparse.Namespace, run: GenerateRun) -> Prompts:
     text = encoder.encode([run.prompt])
     if _read_guidance(args).is_none or _is_zeros(args):
         return Prompts(text, None)
-    return Prompts(text, encoder.encode([run.negative_prompt]))
+    return Prompts(text, encoder.encode([run.negative_prompt or ""]))
 
 
 def _uncond(args: argparse.Namespace, text: Tensor, uncond: Tensor | None) -> Tensor | None:
@@ -225,7 +233,7 @@ def _is_zeros(args: argparse.Namespace) -> bool:
         return True  # nothing encodes prompts
     if args.unconditional is not None:
         return args.unconditional == "zeros"
-    return not args.negative_prompt and not _is_pipeline(args)
+    return args.negative_prompt is None and not _is_pipeline(args)
 
 
 def _is_diffusers(args: argparse.Namespace) -> bool:

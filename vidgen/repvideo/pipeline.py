@@ -55,6 +55,20 @@ class VideoSize:
             raise ValueError(f"frames: expected 1 + a multiple of {ratio}, got {self.n_frames}")
         return (self.n_frames - 1) // ratio + 1
 
+    def check_decodable(self, config: CogVideoXConfig) -> None:
+        """ValueError for an even number of latent frames, of which the VAE makes other frames.
+
+        It decodes two latent frames at a time, and three the first time: of an even number it
+        takes the first two as if they were two later ones.
+        """
+        if self.latent_frames(config) % 2 == 0:
+            step = 2 * config.temporal_compression_ratio
+            below = (self.n_frames - 1) // step * step + 1
+            raise ValueError(
+                f"frames: expected 1 + a multiple of {step}, as the VAE decodes them, such as "
+                f"{below} or {below + step}, got {self.n_frames}"
+            )
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -91,7 +105,11 @@ class RepVideoPipeline:
 
         Args:
             generator: of the noise, on any device.
+
+        Raises:
+            ValueError: a size that the transformer or the VAE cannot make, before any work.
         """
+        size.check_decodable(self.transformer.config)
         latents = make_latents(self.transformer, prompts, size, sampling, generator, progress)
         # frames that were added to complete a patch are in front
         latents = latents[:, -size.latent_frames(self.transformer.config) :]

@@ -123,7 +123,10 @@ def test_a_straight_flow_is_integrated_exactly(ops: Ops) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stages": 2}, r"stage_range: expected 3 bounds of at least one stage, got 4"),
+        (
+            {"stages": 2, "stage_range": (0, 0.3, 0.6, 1)},
+            r"stage_range: expected 3 bounds of at least one stage, got 4",
+        ),
         ({"stages": 0, "stage_range": (0,)}, "at least one stage"),
         ({"stage_range": (0, 0.5, 0.5, 1)}, "stage_range: expected bounds that ascend"),
         ({"stage_range": (0, 0.7, 0.5, 1)}, "stage_range: expected bounds that ascend"),

@@ -53,13 +53,14 @@ class PyramidFlowScheduler:
     """
 
     stages: int = 3
-    stage_range: tuple[float, ...] = (0, 1 / 3, 2 / 3, 1)  # from noise to clean
+    stage_range: tuple[float, ...] = ()  # from noise to clean; default: equal parts
     gamma: float = 1 / 3  # two pixels of a block of noise have correlation -gamma
     shift: float = 1.0
     num_train_timesteps: int = 1000
 
     def __post_init__(self):
-        object.__setattr__(self, "stage_range", tuple(self.stage_range))
+        equal_parts = (s / self.stages for s in range(self.stages + 1)) if self.stages > 0 else ()
+        object.__setattr__(self, "stage_range", tuple(self.stage_range or equal_parts))
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps: expected >= 1, got {self.num_train_timesteps}")
         if self.stages < 1 or len(self.stage_range) != self.stages + 1:
