@@ -13,7 +13,7 @@ from vidgen.common.arguments import MAX_SIDE, MAX_STEPS, number, whole
 from vidgen.common.media import IMAGES, fit, read_frames
 from vidgen.common.options import GenerateRun, Video, add_size_arguments, check_one_prompt
 
-from .checks.random_weights import SMALL_SIZE, random_pipeline, random_prompts
+from .checks.random_weights import SMALL, SMALL_SIZE, random_pipeline, random_prompts
 from .model.kv_cache import OFF, CacheEstimate, CachePolicy
 from .offload import Placement
 from .pipeline import FPS, PyramidFlowPipeline
@@ -91,6 +91,12 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--linear-guidance",
         action="store_true",
         help="from --guidance-scale of the first unit down by 0.5 with each unit, to 2 at last",
+    )
+    add(
+        "--bidirectional",
+        action="store_true",
+        help="frames also see later ones, for a checkpoint that was trained so; turns --cache off "
+        "(default: causal, whatever config.json says, as in the official pipeline)",
     )
     add(
         "--cache",
@@ -178,7 +184,8 @@ def generate(args: argparse.Namespace, run: GenerateRun) -> Video:
 def _pipeline(args: argparse.Namespace, run: GenerateRun) -> PyramidFlowPipeline:
     placement = Placement(run.device, args.low_memory)
     if run.checkpoint is None:
-        return random_pipeline(ops=run.ops, dtype=run.dtype, placement=placement)
+        config = replace(SMALL, use_temporal_causal=not args.bidirectional)
+        return random_pipeline(config, ops=run.ops, dtype=run.dtype, placement=placement)
     return PyramidFlowPipeline.from_pretrained(
         run.checkpoint,
         args.variant,
@@ -186,6 +193,7 @@ def _pipeline(args: argparse.Namespace, run: GenerateRun) -> PyramidFlowPipeline
         dtype=run.dtype,
         placement=placement,
         with_text_encoder=run.embeddings is None,
+        bidirectional=args.bidirectional,
     )
 
 
@@ -214,7 +222,9 @@ def _frame_size(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _cache_policy(args: argparse.Namespace) -> CachePolicy:
-    if args.cache in CACHES:
+    if args.bidirectional:  # what a frame sees changes with every unit
+        policy = OFF
+    elif args.cache in CACHES:
         policy = CACHES[args.cache]
     else:
         try:

@@ -20,7 +20,7 @@ from vidgen.common.media import to_uint8
 from vidgen.common.progress import SILENT, Progress
 from vidgen.ops import FUSED, Ops
 
-from .model.config import PATCH
+from .model.config import PATCH, causality
 from .model.flux import PyramidFluxTransformer
 from .model.transformer import PyramidTransformer
 from .model.weights import load_pretrained
@@ -79,19 +79,22 @@ class PyramidFlowPipeline:
         dtype: torch.dtype = torch.bfloat16,
         placement: Placement | None = None,
         with_text_encoder: bool = True,
+        bidirectional: bool = False,
     ) -> PyramidFlowPipeline:
         """Reads the folder of a released checkpoint to the CPU.
 
         Args:
             variant: the folder of the transformer within it, such as diffusion_transformer_384p.
             with_text_encoder: False if prompts come as features; the encoders are the largest part.
+            bidirectional: frames also see later ones. Otherwise the model is causal, whatever its
+                config.json says, as in the official pipeline.
 
         Raises:
             ValueError: files that are missing or of other models.
         """
         folder = Path(folder)
         return cls(
-            load_pretrained(folder / variant, ops).to(dtype),
+            load_pretrained(folder / variant, ops, **causality(bidirectional)).to(dtype),
             load_pretrained_vae(folder / VAE_FOLDER).to(dtype),
             load_text_encoder(folder, dtype) if with_text_encoder else None,
             placement=placement,

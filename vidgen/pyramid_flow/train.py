@@ -12,6 +12,7 @@ from vidgen.common.trainer import Recipe
 
 from .checks.example import example_model
 from .checks.random_weights import SMALL
+from .model.config import causality
 from .model.weights import load_transformer
 from .training.loss import TrainingConfig
 from .training.objective import PyramidFlowObjective
@@ -39,11 +40,11 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     add(
         "--ratios",
         type=whole(0, MAX_RATIO),
-        nargs=3,
+        nargs="+",
         default=RATIOS,
         metavar="N",
-        help="samples of each stage, lowest resolution first; processes have the same work where "
-        "the batch size is a multiple of their sum (default: 1 2 1)",
+        help="samples of each stage, lowest resolution first, as many numbers as stages (default: "
+        "1 2 1); processes have the same work where the batch size is a multiple of their sum",
     )
     add(
         "--frames-per-unit",
@@ -71,7 +72,10 @@ def load(args: argparse.Namespace, run: TrainRun) -> PyramidFlowObjective:
         state = example_model(SMALL, run.ops, seed=run.seed).state_dict()
     else:
         raw, state = read_folder(run.checkpoint / args.variant, within="model")
-    options = {"use_gradient_checkpointing": run.gradient_checkpointing}
+    options = {
+        "use_gradient_checkpointing": run.gradient_checkpointing,
+        **causality(bidirectional=False),  # as the official code; --full-sequence says otherwise
+    }
     model = load_transformer(raw | options, state, run.ops)
     return PyramidFlowObjective(
         model, raw, columns, dtype=run.dtype, prompt_dropout=run.prompt_dropout

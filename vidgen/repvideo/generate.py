@@ -32,7 +32,8 @@ SUMMARY = "RepVideo or CogVideoX: text to video"
 FPS = 8.0
 
 # Paths beside a SAT folder, as in the released checkpoints.
-SAT_VAE, SAT_TEXT_ENCODER = "vae/3d-vae.pt", "t5-v1_1-xxl"
+SAT_VAES = ("vae/vae/3d-vae.pt", "vae/3d-vae.pt")  # as unpacked, and flat
+SAT_TEXT_ENCODER = "t5-v1_1-xxl"
 LARGE_SCALING = 0.7  # scaling factor of the VAE of the models with rotary positions
 
 
@@ -47,7 +48,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "--vae",
         type=Path,
         metavar="PATH",
-        help=f"folder of diffusers or file of SAT (default: vae of a pipeline; ../{SAT_VAE} "
+        help=f"folder of diffusers or file of SAT (default: vae of a pipeline; ../{SAT_VAES[0]} "
         "beside a SAT folder)",
     )
     group.add_argument(
@@ -147,7 +148,10 @@ def read_sampling(args: argparse.Namespace, config: CogVideoXConfig) -> Sampling
         return Sampling(sat_schedule(args.steps, shift, args.sampler or "dpm"), guidance)
     folder = None if args.checkpoint is None else args.checkpoint / "scheduler"
     if folder is None or not folder.is_dir():
-        raise ValueError("schedule: expected sat without the scheduler of a pipeline of diffusers")
+        raise ValueError(
+            "schedule: expected sat without the scheduler of a pipeline of diffusers: a converted "
+            "RepVideo has none, use --schedule sat"
+        )
     scheduler = build_scheduler(read_config(folder, "scheduler_config.json"), args.sampler)
     return Sampling(diffusers_schedule(args.steps, scheduler), guidance, latent_dtype=None)
 
@@ -251,7 +255,8 @@ def find_vae(args: argparse.Namespace, run: GenerateRun, config: CogVideoXConfig
     else:
         path = args.vae or run.checkpoint / "vae"
         if args.vae is None and is_sat_folder(run.checkpoint):
-            path = run.checkpoint.resolve().parent / SAT_VAE
+            beside = [run.checkpoint.resolve().parent / name for name in SAT_VAES]
+            path = next((path for path in beside if path.exists()), beside[0])
         is_large = config.use_rotary_positional_embeddings and not path.is_dir()
         vae = load_pretrained_vae(path, **({"scaling_factor": LARGE_SCALING} if is_large else {}))
     # vae.to would warn about modules to keep in fp32, of which there are none

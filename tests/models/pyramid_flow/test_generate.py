@@ -21,6 +21,7 @@ from vidgen.pyramid_flow.checks.random_weights import (
     random_prompts,
 )
 from vidgen.pyramid_flow.generate import add_arguments, guidance_of
+from vidgen.pyramid_flow.model.config import FluxConfig
 from vidgen.pyramid_flow.pipeline import VAE_FOLDER, PyramidFlowPipeline
 from vidgen.pyramid_flow.text import NEGATIVE_PROMPT, write_features
 
@@ -209,3 +210,29 @@ def test_missing_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert f"expected config.json in {folder / 'mine'}" in message("mine", "--height", "64")
     (folder / variant / "diffusion_pytorch_model.safetensors").unlink()
     assert "folder: expected diffusion_pytorch_model.safetensors or" in message(variant)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"use_flash_attn": True}, {"use_temporal_causal": False}, {}], ids=str
+)
+def test_causal_whatever_the_config_says(flags: dict, tmp_path: Path, monkeypatch) -> None:
+    """The official pipeline forces it when it loads a model; both ways is an option."""
+    asked = []
+
+    def note(folder: Path, ops, **options) -> None:
+        asked.append({**flags, **options})
+        raise ValueError("that is all")
+
+    monkeypatch.setattr("vidgen.pyramid_flow.pipeline.load_pretrained", note)
+    for bidirectional in (False, True):
+        with pytest.raises(ValueError, match="that is all"):
+            PyramidFlowPipeline.from_pretrained(tmp_path, "a", bidirectional=bidirectional)
+    models = [FluxConfig.from_dict(options) for options in asked]
+    assert [model.use_temporal_causal for model in models] == [True, False]
+
+
+@pytest.mark.parametrize("cache", ["all", "16e9"])
+def test_both_ways_turns_the_cache_off(cache: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "a.mp4"
+    assert generate(path, "--bidirectional", "--cache", cache, "--units", "3") == 0
+    assert path.exists() and "cache of stages" not in capsys.readouterr().err

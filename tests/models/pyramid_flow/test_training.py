@@ -369,3 +369,21 @@ def test_configs() -> None:
         MMDiTConfig.from_dict({"temp_pos_embed_type": "sincos"})
     with pytest.raises(ValueError, match="caption_projection_dim: expected 1536, got 1152"):
         MMDiTConfig.from_dict({"caption_projection_dim": 1152})
+
+
+@pytest.mark.portable_only
+@pytest.mark.parametrize("ratios", [(1,), (1, 1), (2, 1, 1, 2)])
+def test_pyramids_of_any_height_are_trained(ratios: tuple[int, ...]) -> None:
+    """One stage is flow matching without a pyramid, the paper's baseline."""
+    config = TrainingConfig(ratios)
+    scheduler = PyramidFlowScheduler(config.n_stages)
+    assert scheduler.stage_range == tuple(s / len(ratios) for s in range(len(ratios) + 1))
+    latents, text = random_batch(sum(ratios), 2, torch.float32)
+    latents = torch.cat([latents] * 2, dim=-2)  # 16 x 16: four stages fit
+    units = [2] * config.n_stages
+    draws = draw(latents, config, units, seed=0)
+    model = example_model(FluxConfig.from_dict(RAW), FUSED)
+    columns = training_columns(latents, draws, config, scheduler, units, FUSED)
+    loss = training_step(model, columns, text).loss
+    loss.backward()
+    assert loss.isfinite() and len(columns) == sum(ratios)

@@ -20,6 +20,7 @@ from vidgen.repvideo.checks.random_weights import SMALL, SMALL_VAE
 from vidgen.repvideo.convert import write_sat
 from vidgen.repvideo.model.config import CogVideoXConfig
 from vidgen.repvideo.model.transformer import CogVideoXTransformer
+from vidgen.repvideo.model.weights import load_pretrained
 from vidgen.repvideo.pipeline import RepVideoPipeline, Sampling, VideoSize
 from vidgen.repvideo.sampling.schedules import sat_schedule
 from vidgen.repvideo.text import (
@@ -355,3 +356,33 @@ def test_latents_of_large_models_have_another_scale(tmp_path: Path, monkeypatch)
             config = CogVideoXConfig(use_rotary_positional_embeddings=is_large)
             command.find_vae(argparse.Namespace(vae=path), run, config)
     assert seen == [{}, {"scaling_factor": 0.7}, {}, {}]
+
+
+@pytest.mark.parametrize("place", ["vae/vae", "vae"])
+def test_the_vae_beside_a_sat_folder(tmp_path: Path, place: str, monkeypatch) -> None:
+    """As the released archive unpacks, and flat."""
+    (tmp_path / "RepVideo").mkdir()
+    (tmp_path / "RepVideo" / "latest").write_text("1")
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "3d-vae.pt").touch()
+    found = []
+
+    def note(path: Path, **options) -> None:
+        found.append(path)
+        raise ValueError("that is all")
+
+    monkeypatch.setattr(command, "load_pretrained_vae", note)
+    cpu, generator = torch.device("cpu"), torch.Generator()
+    run = GenerateRun(
+        tmp_path / "RepVideo", "a", "", None, FUSED, torch.float32, cpu, generator, SILENT
+    )
+    with pytest.raises(ValueError, match="that is all"):
+        command.find_vae(argparse.Namespace(vae=None), run, CogVideoXConfig())
+    assert found == [(tmp_path / place / "3d-vae.pt").resolve()]
+
+
+def test_a_sat_folder_without_latest_says_what_to_write(tmp_path: Path) -> None:
+    (tmp_path / "1000").mkdir()
+    (tmp_path / "1000" / "mp_rank_00_model_states.pt").touch()
+    with pytest.raises(ValueError, match=r"expected a file named latest in .* into it \(1000\)"):
+        load_pretrained(tmp_path)

@@ -109,6 +109,11 @@ def is_flux(config: Mapping[str, Any]) -> bool:
     return "axes_dims_rope" in config
 
 
+def causality(bidirectional: bool) -> dict[str, bool]:
+    """The options of a config.json that decide whether frames see later ones."""
+    return {"use_temporal_causal": not bidirectional, "use_flash_attn": False}
+
+
 def _from_dict(
     cls: type[Config], config: Mapping[str, Any], unused: tuple[str, ...], fixed: dict[str, Any]
 ) -> Config:

@@ -91,7 +91,16 @@ def read_pretrained(
 
 
 def is_sat_folder(folder: str | Path) -> bool:
-    return (Path(folder) / "latest").exists()
+    """Whether a folder has SAT's layout. ValueError if only its file ``latest`` is missing."""
+    folder = Path(folder)
+    if (folder / "latest").exists():
+        return True
+    if found := sorted(path.parent.name for path in folder.glob(f"*/{SAT_FILE}")):
+        raise ValueError(
+            f"folder: expected a file named latest in {folder}, found none: write the name of the "
+            f"folder with the weights into it ({', '.join(found)})"
+        )
+    return False
 
 
 def read_sat(folder: str | Path) -> dict[str, Tensor]:
