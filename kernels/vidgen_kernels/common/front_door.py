@@ -1,7 +1,7 @@
 """What public functions do with their arguments before an operator sees them."""
 
 import math
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -100,14 +100,17 @@ def check_number(name: str, x: float, low: float = -math.inf, high: float = math
         raise ValueError(f"{name}: expected a finite number{limits}, got {got}")
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
-    """``x``, or a copy of it where its last dim is not contiguous."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
-
-
-def check_last_dim(name: str, x: Tensor) -> None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: expected a contiguous last dim, got strides {x.stride()}")
+@overload
+def contiguous_rows(x: Tensor) -> Tensor: ...
+@overload
+def contiguous_rows(x: None) -> None: ...
+@overload
+def contiguous_rows(x: Tensor | None) -> Tensor | None: ...
+def contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """``x``, or a copy of it if its last dim is not contiguous, as in ``conv(x).mT``."""
+    if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    return x.contiguous()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..common.front_door import check_last_dim, check_tensor, is_int_or_symbol
+from ..common.front_door import check_tensor, contiguous_rows, is_int_or_symbol
 
 NORMS = ("layer", "rms")
 
 
 class Modulation(NamedTuple):
     """Gate, scale and shift of the text tokens: each [D], [B, D], [B, 1, D], or
-    [B, text_length, D] for a vector per token; any floating dtype, any strides with a contiguous
-    last dim. None leaves one out."""
+    [B, text_length, D] for a vector per token; any floating dtype, any strides. None leaves one
+    out."""
 
     gate: Tensor | None = None
     scale: Tensor | None = None
@@ -31,17 +31,15 @@ def check_rows(x: Tensor, max_cols: int, *, batch_is_optional: bool = False) -> 
         shape = "[B, T, D] or [T, D]" if batch_is_optional else "[B, T, D]"
         expected = f"{shape} with D of 1 to {max_cols}"
         raise ValueError(f"x: expected shape {expected}, got {list(x.shape)}")
-    check_last_dim("x", x)
 
 
 def check_like(name: str, tensor: Tensor, x: Tensor) -> None:
-    """``tensor`` has the shape and device of ``x``, and a contiguous last dim."""
+    """``tensor`` has the shape and device of ``x``."""
     check_tensor(name, tensor, ("x", x))
     if tensor.shape != x.shape:
         raise ValueError(
             f"{name}: expected shape {list(x.shape)} as x has, got {list(tensor.shape)}"
         )
-    check_last_dim(name, tensor)
 
 
 def check_affine(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
@@ -52,7 +50,6 @@ def check_affine(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
             if vector.shape != x.shape[-1:]:
                 expected = f"[{x.shape[-1]}]"
                 raise ValueError(f"{name}: expected shape {expected}, got {list(vector.shape)}")
-            check_last_dim(name, vector)
 
 
 def check_norm(norm: str) -> None:
@@ -103,7 +100,7 @@ def modulation_vectors(
 
 
 def as_vectors(name: str, v: Tensor, x: Tensor, n_tokens: int) -> Tensor:
-    """``v`` as a view [B or 1, n_tokens or 1, D]."""
+    """``v`` as [B or 1, n_tokens or 1, D], its last dim contiguous."""
     check_tensor(name, v, ("x", x))
     n_batch, _, n_cols = x.shape
     given_shape = v.shape
@@ -116,8 +113,7 @@ def as_vectors(name: str, v: Tensor, x: Tensor, n_tokens: int) -> Tensor:
     ):
         expected = f"[{n_cols}], [{n_batch}, {n_cols}] or [{n_batch}, 1 or {n_tokens}, {n_cols}]"
         raise ValueError(f"{name}: expected shape {expected}, got {list(given_shape)}")
-    check_last_dim(name, v)
-    return v
+    return contiguous_rows(v)
 
 
 def expand_vectors(v: Tensor, n_batch: int, n_tokens: int) -> Tensor:

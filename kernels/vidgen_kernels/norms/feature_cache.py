@@ -26,7 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..common.front_door import DTYPES, check_number, check_tensor, is_int_or_symbol
+from ..common.front_door import (
+    DTYPES,
+    check_number,
+    check_tensor,
+    contiguous_rows,
+    is_int_or_symbol,
+)
 from .arguments import Modulation, check_like, check_norm
 from .residual_norm import NOT_CACHED, Cached, run
 
@@ -159,10 +165,11 @@ def _cached(
         raise ValueError(f"sum_dtype: expected one of {wanted}, got {sum_dtype}")
     sum_dtype = torch.promote_types(sum_dtype, y.dtype)
     if total is None:
-        return Cached(gate, n, list(older), [], sum_dtype, keep_sum)
+        return Cached(gate, n, list(map(contiguous_rows, older)), [], sum_dtype, keep_sum)
     check_like("total", total, y)
-    kept = [entry.detach() for entry in older]  # gradients flow through total instead
-    return Cached(gate, n, [total], kept, sum_dtype, keep_sum)
+    # gradients flow through total instead
+    kept = [contiguous_rows(entry.detach()) for entry in older]
+    return Cached(gate, n, [contiguous_rows(total)], kept, sum_dtype, keep_sum)
 
 
 class _Pass(NamedTuple):

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.front_door import check_tensor, refuse_tangents
+from ..common.front_door import check_tensor, contiguous_rows, refuse_tangents
 from ..common.jit import normalize_backward, statistics
 from ..common.launch import architecture
 from ..common.registration import define_op, refuse_double_backward
@@ -46,7 +46,6 @@ from .post_norm_operands import Backward, Forward, empty_bwd, empty_fwd, is_per_
 from .rows import (
     SIZES,
     constants,
-    contiguous_rows,
     count_programs,
     load_columns,
     load_rows,
@@ -236,7 +235,7 @@ def post_norm_residual(
     """``x + gate * (norm(f) * weight + bias)``.
 
     Args:
-        x, f: bf16, fp16, fp32 or fp64, of one shape, any strides with a contiguous last dim.
+        x, f: bf16, fp16, fp32 or fp64, of one shape, any strides.
         gate: [D], [B, D], [B, 1, D] or, per token, [B, T, D]; beside x [T, D]: [D] or [T, D]. Any
             floating dtype, read in place.
         weight, bias: any floating dtype.
@@ -255,6 +254,8 @@ def post_norm_residual(
     check_affine(weight, bias, x)
     check_norm(norm)
     check_eps(eps)
+    x, f = contiguous_rows(x), contiguous_rows(f)
+    weight, bias = contiguous_rows(weight), contiguous_rows(bias)
     rows, f_rows = (x[None], f[None]) if x.ndim == 2 else (x, f)
     if gate is not None:
         check_tensor("gate", gate, ("x", x))

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.front_door import autocast_dtype, refuse_tangents
+from ..common.front_door import autocast_dtype, contiguous_rows, refuse_tangents
 from ..common.jit import normalize_backward, statistics
 from ..common.launch import architecture
 from ..common.registration import define_op, refuse_double_backward
@@ -44,7 +44,6 @@ from .post_norm_adaln_operands import Backward, Forward, empty_bwd, empty_fwd
 from .rows import (
     SIZES,
     constants,
-    contiguous_rows,
     count_programs,
     load_columns,
     load_rows,
@@ -255,7 +254,7 @@ def post_norm_adaln(
     """``out = x + gate * (LN(f) * weight + bias)`` and ``a = LN(out) * (1 + scale) + shift``.
 
     Args:
-        x, f: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim.
+        x, f: bf16, fp16, fp32 or fp64, any strides.
         gate, scale, shift: [D], [B, D], [B, 1, D], or [B, T, D] for a vector per token; any
             floating dtype, read in place. Their gradients are computed per token, then summed.
         weight, bias: any floating dtype.
@@ -274,6 +273,8 @@ def post_norm_adaln(
     check_affine(weight, bias, x)
     check_eps(eps)
     check_eps(next_eps, "next_eps")
+    x, f = contiguous_rows(x), contiguous_rows(f)
+    weight, bias = contiguous_rows(weight), contiguous_rows(bias)
     gate = None if gate is None else _per_token("gate", gate, x)
     scale, shift = _per_token("scale", scale, x), _per_token("shift", shift, x)
     refuse_tangents(x, f, gate, scale, shift, weight, bias)

@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configs import RowConfig
-from ..common.front_door import autocast_dtype, refuse_tangents
+from ..common.front_door import autocast_dtype, contiguous_rows, refuse_tangents
 from ..common.jit import normalize_backward, statistics
 from ..common.launch import architecture
 from ..common.registration import define_op, refuse_double_backward
@@ -60,7 +60,6 @@ from .operands import flat, none_if_absent
 from .residual_norm_operands import Backward, Forward, empty_bwd, empty_fwd, widest_dtype
 from .rows import (
     constants,
-    contiguous_rows,
     count_programs,
     load_columns,
     load_rows,
@@ -508,7 +507,8 @@ def run(
         check_eps(eps)
     check_text(text, text_length, x.shape[1])
     gate, scale, shift = modulation_vectors(own, text, text_length, x)
-    tensors = x, f, weight, bias, *gate, *scale, *shift, cached.gate, *cached.entries
+    rows, f, weight, bias = map(contiguous_rows, (x, f, weight, bias))
+    tensors = rows, f, weight, bias, *gate, *scale, *shift, cached.gate, *cached.entries
     refuse_tangents(*tensors)
     keep_y = False
     if f is not None and cached.gate is not None and torch.is_grad_enabled():
@@ -516,7 +516,7 @@ def run(
     h, a, total, y, _ = map(
         none_if_absent,
         forward_op(
-            x, f, cached.entries, cached.older, cached.gate, gate, scale, shift, weight, bias,
+            rows, f, cached.entries, cached.older, cached.gate, gate, scale, shift, weight, bias,
             text_length, cached.n_entries, norm, eps, autocast_dtype(x), cached.sum_dtype,
             cached.keep_total, keep_y,
         ),
@@ -542,7 +542,7 @@ def residual_norm(
     """``h = x + gate * f`` and ``a = norm(h) * weight + bias``, then ``* (1 + scale) + shift``.
 
     Args:
-        x, f: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim. Without f, h is x.
+        x, f: bf16, fp16, fp32 or fp64, any strides. Without f, h is x.
         gate, scale, shift: [D], [B, D], [B, 1, D], or [B, T - text_length, D] for a vector per
             token; any floating dtype, read in place. None leaves one out.
         text: the same for the first ``text_length`` tokens of each batch row; None in the same

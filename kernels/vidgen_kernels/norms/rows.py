@@ -87,11 +87,6 @@ def rows_of(x: Tensor | None) -> Rows | None:
     return x, stride_batch if n_batch > 1 else 0, stride_token if n_tokens > 1 else 0
 
 
-def contiguous_rows(x: Tensor | None) -> Tensor | None:
-    """``x`` with a contiguous last dim, which the gradient of a sum, for one, does not have."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def count_programs(n_tokens: int, config: RowConfig) -> int:
     """How many programs ``n_tokens`` rows of a batch row take."""
     return -(-n_tokens // (config.rows * config.tiles))

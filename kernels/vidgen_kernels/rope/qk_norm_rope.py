@@ -13,8 +13,8 @@ from torch import Tensor
 from ..common.front_door import (
     MAX_HEAD_DIM,
     autocast_dtype,
-    check_last_dim,
     check_tensor,
+    contiguous_rows,
     is_int_or_symbol,
     refuse_tangents,
 )
@@ -107,7 +107,7 @@ def qk_norm_rope(
 
     Args:
         stream: of all tokens, or of the video tokens where ``text`` is given. bf16, fp16, fp32 or
-            fp64, any strides with a contiguous last dim; weights and biases of any of these dtypes.
+            fp64, any strides; weights and biases of any of these dtypes.
         positions: coordinates of the video tokens on every axis, fp32 or fp64; they get no
             gradient. None: no rotation.
         axes: how many columns of a head each axis turns: even, their sum is D. An axis of two
@@ -132,6 +132,7 @@ def qk_norm_rope(
     vectors = [*stream[1:], *(text or QKVStream(stream.projections))[1:]]
     head_dim = _head_dim(projections, n_heads)
     _check_vectors(vectors, projections[0], head_dim, norm)
+    vectors = list(map(contiguous_rows, vectors))
     axes = _as_widths(axes)
     _check_positions(positions, axes, projections[0], text_length, head_dim)
     tensors = [*projections, *text_projections, *(x for x in vectors if x is not None)]
@@ -170,7 +171,6 @@ def _check_stream(name: str, stream: QKVStream, n_heads: int) -> list[Tensor]:
         check_tensor(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name}: expected projections [B, T, H * D], got {list(x.shape)}")
-        check_last_dim(name, x)
         if x.shape != projections[0].shape:
             expected, actual = list(projections[0].shape), list(x.shape)
             raise ValueError(f"{name}: expected k and v of shape {expected} as q has, got {actual}")
@@ -180,7 +180,7 @@ def _check_stream(name: str, stream: QKVStream, n_heads: int) -> list[Tensor]:
             f"{name}: expected projections of a multiple of {width} columns "
             f"for {n_heads} heads, got {projections[0].shape[2]}"
         )
-    return projections
+    return [contiguous_rows(x) for x in projections]
 
 
 def _head_dim(projections: list[Tensor], n_heads: int) -> int:
@@ -226,7 +226,6 @@ def _check_vectors(
         check_tensor(name, x, ("the projection", first))
         if x.shape != (head_dim,):
             raise ValueError(f"{name}: expected shape [{head_dim}], got {list(x.shape)}")
-        check_last_dim(name, x)
 
 
 def _as_widths(axes: Sequence[int]) -> list[int]:

@@ -343,7 +343,6 @@ BAD = {
     "two projections": ((QKVStream((P, P)),), {}, "three.*2"),
     "two dims": ((QKVStream(P[0]),), {}, r"\[B, T, H \* D\].*\[6, 72\]"),
     "integers": ((QKVStream(P.long()),), {}, "int64"),
-    "strided last dim": ((QKVStream(P.mT.contiguous().mT),), {}, "contiguous last dim"),
     "columns": ((QKVStream(P[..., :-1]),), {}, "multiple of 6 .*71"),
     "other v": ((QKVStream((P, P, P[..., 1:])),), {}, r"\[2, 6, 72\].*\[2, 6, 71\]"),
     "dtypes": ((QKVStream((P, P, P.float())),), {}, "float64.*float32"),
