@@ -2,9 +2,9 @@
 
 import importlib
 import json
+import multiprocessing
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,9 +74,9 @@ def test_a_worker_that_dies_is_reported_and_the_others_go_on(obey) -> None:
 
 
 def test_what_takes_too_long_is_stopped(obey) -> None:
-    start = time.monotonic()
+    """One that is let run gives a result."""
     assert not list(workers.in_parallel(obey, [("hang", "a"), ("do", "b")], 1, seconds=0.1))
-    assert time.monotonic() - start < 60
+    assert not multiprocessing.active_children()
 
 
 # ---- a provider that loses the GPU's context
