@@ -44,24 +44,22 @@ def _set_backward(
     return dq, dk, select_tokens(dv, back_k)
 
 
+def _portable_fwd(q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale):
+    return portable.set_attention_fwd(q, k, v, order_q, order_k, q_begin, q_end, softmax_scale)
+
+
+def _portable_bwd(
+    do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale
+):
+    return portable.set_attention_bwd(
+        do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, softmax_scale
+    )
+
+
 # The bodies are their own fakes: all they call has one.
-_set_forward_op = define_op(
-    "set_masked_attention_fwd",
-    _set_forward,
-    lambda q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale: (
-        portable.set_attention_fwd(q, k, v, order_q, order_k, q_begin, q_end, softmax_scale)
-    ),
-    _set_forward,
-)
+_set_forward_op = define_op("set_masked_attention_fwd", _set_forward, _portable_fwd, _set_forward)
 _set_backward_op = define_op(
-    "set_masked_attention_bwd",
-    _set_backward,
-    lambda do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, k_begin, k_end, scale: (
-        portable.set_attention_bwd(
-            do, dlse, q, k, v, out, lse, order_q, order_k, q_begin, q_end, scale
-        )
-    ),
-    _set_backward,
+    "set_masked_attention_bwd", _set_backward, _portable_bwd, _set_backward
 )
 register_autograd(_set_forward_op, _set_backward_op)
 
