@@ -20,6 +20,7 @@ from vidgen_kernels import (
     feature_cache,
     renoise_coefficients,
 )
+from vidgen_kernels.common.front_door import is_traced
 from vidgen_kernels.latents.sampler import LinearStep, linear_step
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Ops",
     "QKVStream",
     "TrainingPair",
+    "is_traced",
     "renoise_coefficients",
 ]
 

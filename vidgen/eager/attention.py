@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vidgen_kernels import IntervalMask
+from vidgen_kernels.common.front_door import is_traced
 
 
 def attention(
@@ -21,7 +22,7 @@ def interval_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Packed sequences run one after another, as in the official models."""
     if not mask.parts or mask.n_queries is None or mask.n_keys is None:
-        return _dense_attention(q, k, v, _dense_mask(mask), return_lse)
+        return _dense_attention(q, k, v, _dense_mask(mask, q.shape[2], k.shape[2]), return_lse)
     results, i, j = [], 0, 0
     for part in mask.parts:
         n_queries, n_keys = part.n_queries or 0, part.n_keys or 0
@@ -37,15 +38,15 @@ def interval_attention(
 _dense_masks: WeakKeyDictionary[IntervalMask, Tensor] = WeakKeyDictionary()
 
 
-def _dense_mask(mask: IntervalMask) -> Tensor:
+def _dense_mask(mask: IntervalMask, n_queries: int, n_keys: int) -> Tensor:
     """Bool ``[B or 1, Tq, Tk]``; cached, since all layers of a forward use the same few masks."""
-    if torch.compiler.is_compiling():
-        return mask.to_dense()
+    if is_traced():
+        return mask.to_dense(n_queries, n_keys)
     if mask not in _dense_masks:
         if len(_dense_masks) >= 8:
             _dense_masks.clear()
         with torch.inference_mode(False):
-            _dense_masks[mask] = mask.to_dense()
+            _dense_masks[mask] = mask.to_dense(n_queries, n_keys)
     return _dense_masks[mask]
 
 

@@ -306,10 +306,17 @@ class IntervalMask:
             return TokenIntervals(*tables)
         return TokenIntervals(*(x.clone() if x.is_inference() else x for x in tables))
 
-    def to_dense(self) -> Tensor:
-        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key. For inspection and tests."""
-        n_queries = int(self.queries.n_tokens) if self.n_queries is None else self.n_queries
-        n_keys = int(self.keys.n_tokens) if self.n_keys is None else self.n_keys
+    def to_dense(self, n_queries: int | None = None, n_keys: int | None = None) -> Tensor:
+        """Bool ``[B or 1, Tq, Tk]``, True where a query sees a key. For inspection and tests.
+
+        Args:
+            n_queries, n_keys: as those of q and k. By default the mask is asked: where it was built
+                from lengths in a tensor, or from any under a tracer, that reads the tensor.
+        """
+        if n_queries is None:
+            n_queries = int(self.queries.n_tokens) if self.n_queries is None else self.n_queries
+        if n_keys is None:
+            n_keys = int(self.keys.n_tokens) if self.n_keys is None else self.n_keys
         begin, end, _, _ = self.intervals(n_queries, n_keys)
         key = torch.arange(n_keys, device=self.device)
         return ((key >= begin[..., None]) & (key < end[..., None])).any(dim=0)

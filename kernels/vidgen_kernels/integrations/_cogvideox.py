@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..attention.interval_attention import interval_attention
 from ..attention.intervals import IntervalMask
 from ..attention.mask_inputs import require
+from ..common.front_door import is_traced
 from ..norms.arguments import Modulation
 from ..norms.feature_cache import FeatureCache
 from ..norms.residual_norm import residual_norm, run
@@ -79,7 +80,7 @@ class RotaryAngles:
     def __call__(self, tables: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
         """``tables``: cos and sin [T, D], each value for two neighbouring columns. [T, D / 2]."""
         cos, sin = tables
-        if torch.compiler.is_compiling():
+        if is_traced():
             return _angles(cos, sin, like)
         state = _version(cos), _version(sin), like.device
         if self._last is not None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.ops import is_traced
+
 N_FREQUENCIES = 128  # in the embeddings of times, motion and timesteps
 N_TEXT_ROWS = 512  # rows of the table that texts are filled up from
 N_CLASSES = 1000  # the label N_CLASSES means no class
@@ -70,9 +72,9 @@ def _rotary_positions(
 def _kept(table: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``table`` with its results cached, as they are few and needed at every step.
 
-    Not while compiling: there they become constants of the graph.
+    Not while tracing: there they become constants of the graph, or stand for other tensors.
     """
-    return table if torch.compiler.is_compiling() else functools.partial(_keep, table)
+    return table if is_traced() else functools.partial(_keep, table)
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidgen.ops import IntervalMask
+from vidgen.ops import IntervalMask, is_traced
 
 from .config import PATCH
 from .positions import Column, kept_rotary_positions, rotary_positions
@@ -134,7 +134,7 @@ def pack(
             mask = IntervalMask.pad_text(mask, text_length, valid[i :: len(columns)])
         masks.append(mask)
     mask = masks[0] if len(masks) == 1 else IntervalMask.pack(masks)
-    make = rotary_positions if torch.compiler.is_compiling() else kept_rotary_positions
+    make = rotary_positions if is_traced() else kept_rotary_positions
     positions = make(columns, text_length, n_axes, device) if n_axes else None
     return Packing(columns, text_length, mask, positions)
 
@@ -220,7 +220,7 @@ def _valid_lengths(text_mask: Tensor, text: Tensor) -> Tensor:
             f"text_mask: expected shape {list(text.shape[:2])}, got {list(text_mask.shape)}"
         )
     is_text = text_mask != 0
-    can_look = text_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    can_look = text_mask.device.type == "cpu" and not is_traced()
     if can_look and (is_text[:, 1:] & ~is_text[:, :-1]).any():
         raise ValueError("text_mask: expected padding after the text, got some before it")
     return is_text.sum(dim=-1)

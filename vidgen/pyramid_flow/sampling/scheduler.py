@@ -25,6 +25,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,11 +85,14 @@ class PyramidFlowScheduler:
         return cls(**given)
 
     @cached_property
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Global timesteps and noise levels in float32, from noise to clean."""
-        n = self.num_train_timesteps
-        sigmas = torch.arange(n, 0, -1, dtype=torch.float32) / n
-        sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+    def grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Global timesteps and noise levels in float32, from noise to clean.
+
+        In NumPy, whose values can be read also where new tensors are fake.
+        """
+        n, shift = np.float32(self.num_train_timesteps), np.float32(self.shift)
+        sigmas = np.arange(self.num_train_timesteps, 0, -1, dtype=np.float32) / n
+        sigmas = shift * sigmas / (1 + np.float32(self.shift - 1) * sigmas)
         return sigmas * n, sigmas
 
     @cached_property
