@@ -96,8 +96,12 @@ def check_number(name: str, x: float, low: float = -math.inf, high: float = math
     is_number = torch.compiler.is_compiling() or hasattr(x, "__float__")
     if isinstance(x, Tensor) or not (is_number and low <= x <= high and abs(x) < math.inf):
         got = "a tensor" if isinstance(x, Tensor) else x
-        limits = f" from {low} to {high}" if (low, high) != (-math.inf, math.inf) else ""
-        raise ValueError(f"{name}: expected a finite number{limits}, got {got}")
+        expected = "a finite number"
+        if high < math.inf:
+            expected = f"a number from {low} to {high}"
+        elif low > -math.inf:
+            expected = f"a finite number of at least {low}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 @overload

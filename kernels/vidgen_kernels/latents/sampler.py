@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.front_door import check_tensor, refuse_tangents
+from ..common.front_door import check_number, check_tensor, refuse_tangents
 from ..common.jit import scalar
 from ..common.launch import accumulator_dtype, architecture
 from ..common.registration import define_op, refuse_double_backward
@@ -272,7 +272,7 @@ def linear_step(
     for name, other in (("uncond", uncond), ("previous", previous), ("noise", noise)):
         if other is not None:
             _check_like(name, other, x)
-    _check_float("guidance", guidance)
+    check_number("guidance", guidance)
     if uncond is None and guidance != 1:
         raise ValueError(f"guidance: expected 1 without uncond, got {guidance}")
     refuse_tangents(x, velocity, uncond, previous, noise)
@@ -285,15 +285,6 @@ def _check_like(name: str, other: Tensor, x: Tensor) -> None:
     if other.shape != x.shape:
         expected = f"expected shape {list(x.shape)} as x has"
         raise ValueError(f"{name}: {expected}, got {list(other.shape)}")
-
-
-def _check_float(name: str, x: float, low: float = -math.inf, high: float = math.inf) -> None:
-    """ValueError unless ``x`` is a number, finite, and from ``low`` to ``high``."""
-    if not isinstance(x, (float, int)):
-        raise ValueError(f"{name}: expected a float, got {type(x).__name__}")
-    if not (low <= x <= high and -math.inf < x < math.inf):
-        wanted = "a finite number" if low == -math.inf else f"a number from {low} to {high}"
-        raise ValueError(f"{name}: expected {wanted}, got {x}")
 
 
 def _as_number(x: float) -> Number:
@@ -318,7 +309,7 @@ def _clean_prediction(
 ) -> tuple[Number, Number]:
     """``x0 = a x - sqrt(1 - a^2) v`` as the coefficients of x and v."""
     a = sqrt_alpha if denoiser_sqrt_alpha is None else denoiser_sqrt_alpha
-    _check_float("denoiser_sqrt_alpha", a, 0, 1)
+    check_number("denoiser_sqrt_alpha", a, 0, 1)
     a = _as_number(a)
     return a, -(((1 - a) * (1 + a)) ** 0.5)
 
@@ -348,7 +339,7 @@ def euler_step(
             other than 1 without uncond.
         NotImplementedError: double backward, forward-mode derivatives.
     """
-    _check_float("step", step)
+    check_number("step", step)
     linear = LinearStep(c_v=step)
     out, _ = linear_step(x, velocity, linear, uncond=uncond, guidance=guidance, is_update=True)
     return out
@@ -378,8 +369,8 @@ def ddim_step(
 
     Returns and raises: as `euler_step`; ValueError also for an alpha out of range.
     """
-    _check_float("sqrt_alpha", sqrt_alpha, 0, 1)
-    _check_float("sqrt_alpha_next", sqrt_alpha_next, 0, 1)
+    check_number("sqrt_alpha", sqrt_alpha, 0, 1)
+    check_number("sqrt_alpha_next", sqrt_alpha_next, 0, 1)
     if sqrt_alpha == 1:
         raise ValueError(f"sqrt_alpha: expected a number below 1, got {sqrt_alpha}")
     a_x, a_v = _clean_prediction(sqrt_alpha, denoiser_sqrt_alpha)
@@ -423,8 +414,8 @@ def dpm_step(
 
     Raises: as `ddim_step`; ValueError also without the noise or for half of what goes together.
     """
-    _check_float("sqrt_alpha", sqrt_alpha, 0, 1)
-    _check_float("sqrt_alpha_next", sqrt_alpha_next, 0, 1)
+    check_number("sqrt_alpha", sqrt_alpha, 0, 1)
+    check_number("sqrt_alpha_next", sqrt_alpha_next, 0, 1)
     if sqrt_alpha == 1:
         raise ValueError(f"sqrt_alpha: expected a number below 1, got {sqrt_alpha}")
     if sqrt_alpha_next < sqrt_alpha or sqrt_alpha_next == 0:
@@ -443,7 +434,7 @@ def dpm_step(
         0,
     )
     if sqrt_alpha_previous is not None:
-        _check_float("sqrt_alpha_previous", sqrt_alpha_previous, 0, 1)
+        check_number("sqrt_alpha_previous", sqrt_alpha_previous, 0, 1)
         if not sqrt_alpha_previous < sqrt_alpha:
             expected = f"expected below {sqrt_alpha}"
             raise ValueError(f"sqrt_alpha_previous: {expected}, got {sqrt_alpha_previous}")

@@ -4,13 +4,12 @@ Each check raises ValueError with the expected and the actual value. `modulation
 gate, scale and shift, which may be given in several shapes, to the one that operators take.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..common.front_door import check_tensor, contiguous_rows, is_int_or_symbol
+from ..common.front_door import check_number, check_tensor, contiguous_rows, is_int_or_symbol
 
 NORMS = ("layer", "rms")
 
@@ -58,7 +57,8 @@ def check_norm(norm: str) -> None:
 
 
 def check_eps(eps: float, name: str = "eps") -> None:
-    if not 0 < eps < math.inf:
+    check_number(name, eps)
+    if eps <= 0:
         raise ValueError(f"{name}: expected a finite number above 0, got {eps}")
 
 

@@ -3,7 +3,6 @@
 The operator and its checks; `rope_kernels.py` holds the formulas and the kernels.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..common.front_door import (
     MAX_HEAD_DIM,
     autocast_dtype,
+    check_number,
     check_tensor,
     contiguous_rows,
     is_int_or_symbol,
@@ -209,9 +209,9 @@ def _check_options(
         raise ValueError(f"text_length: expected 0 to {first.shape[1]}, got {text_length}")
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
-    if not 0 < theta < math.inf:
+    check_number("eps", eps, low=0)
+    check_number("theta", theta)
+    if theta <= 0:
         raise ValueError(f"theta: expected a finite number above 0, got {theta}")
 
 

@@ -453,10 +453,10 @@ BAD = {
     "guidance: expected 1 without uncond, got 2": (
         euler_step, {"x": X, "velocity": X, "step": 1.0, "guidance": 2.0},
     ),
-    "guidance: expected a float, got Tensor": (
+    "guidance: expected a finite number, got a tensor": (
         euler_step, {"x": X, "velocity": X, "step": 1.0, "uncond": X, "guidance": torch.ones(())},
     ),
-    "step: expected a float, got Tensor": (
+    "step: expected a finite number, got a tensor": (
         euler_step, {"x": X, "velocity": X, "step": torch.ones(())},
     ),
     "step: expected a finite number, got nan": (
