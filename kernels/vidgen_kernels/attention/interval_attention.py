@@ -9,17 +9,21 @@
     dv_j = sum_i p_ij do_i
 
 Shapes: q, out, do, dq [B, H, Tq, D]; k, v, dk, dv [B, Hkv, Tk, D]; lse, dlse, delta [B, H, Tq].
-In kernels a tile of any of the first is a tuple of blocks of columns (`head_tiles`).
 
-A program owns one tile of rows (queries for forward and dQ, keys for dK/dV) and, per interval,
-sweeps the other side in tiles, from the smallest begin of its rows to the largest end. Tiles from
-the largest begin to the smallest end are seen by all rows and carry no mask code; only the ragged
-ones before and after them do. With frames of some hundred tokens nearly all are of the first kind.
-dK/dV works on transposed scores with the transposed intervals, so nothing is added atomically and
-gradients are bitwise repeatable. Exponentials are base 2, log2(e) folded into the scale.
+The algorithm is FlashAttention-2 (arXiv 2307.08691) with intervals in place of its causal mask. A
+program owns a tile of rows: BLOCK_M queries in forward and dQ, BLOCK_N keys in dK/dV. For each
+interval it loops over tiles of the other side, from the smallest begin of its rows to the largest
+end. The *main sweep* is the loop over the tiles that all rows see, from the largest begin to the
+smallest end; it has no mask code. Another loop takes the ragged tiles before and after, with masks.
+With frames of some hundred tokens nearly all tiles are in the main sweep.
 
-FlashAttention-2 (arXiv 2307.08691) without causal blocks; used by Pyramid Flow (2410.05954),
-NOVA (2412.14169) and causal Wan models (CausVid 2412.07772, Self-Forcing 2506.08009).
+dK/dV computes transposed scores [keys, queries] under the transposed intervals. So nothing is added
+atomically, and gradients are bitwise repeatable. Exponentials are base 2: log2(e) is part of the
+scale. In shape comments D stands for HEAD_DIM; such a tile is a tuple of blocks of columns
+(`head_tiles.py`).
+
+Used by Pyramid Flow (2410.05954), NOVA (2412.14169) and causal Wan models (CausVid 2412.07772,
+Self-Forcing 2506.08009), and by the other public functions of this folder.
 """
 
 import torch
@@ -57,21 +61,26 @@ SIZES = ("n_heads", "n_kv_heads", "n_queries", "n_keys")
 
 @triton.jit
 def _load_rows(ptr, offs_t, n_tokens, MASK: tl.constexpr):
-    """A number per row, 0 past ``n_tokens``: what is left unsaid may be NaN, also times 0."""
+    """A number per row, [BLOCK]; 0 past ``n_tokens``: memory there may hold NaN, and 0 * NaN is
+    NaN."""
     mask = offs_t < n_tokens if MASK else None
     return tl.load(ptr + offs_t, mask=mask, other=0.0 if MASK else None)
 
 
 @triton.jit
 def _load_interval(begin_ptr, end_ptr, offs_t, n_tokens):
-    # Rows past the end repeat the last one, so that they neither widen nor narrow the sweep.
+    """The interval [begin, end) of each row, two [BLOCK]."""
+    # rows past the end repeat the last row, which neither widens nor narrows the loops
     row = tl.minimum(offs_t, n_tokens - 1)
     return tl.load(begin_ptr + row), tl.load(end_ptr + row)
 
 
 @triton.jit
 def _sweep(begin, end, BLOCK: tl.constexpr):
-    """Tiles ``first + t * BLOCK``, t < n_tiles; all rows see n_head <= t < n_head + n_full."""
+    """The tiles that some row sees; tile t begins at ``first + t * BLOCK``, for 0 <= t < n_tiles.
+
+    Tiles n_head <= t < n_head + n_full are the main sweep: all rows see all of their tokens.
+    """
     first = tl.min(tl.where(begin < end, begin, 2147483647), 0)
     last = tl.max(end, 0)
     n_tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK)
@@ -82,6 +91,7 @@ def _sweep(begin, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _is_inside(offs, begin, end):
+    """[rows of begin and end, columns ``offs``]: whether the column is in the row's interval."""
     return (offs[None, :] >= begin[:, None]) & (offs[None, :] < end[:, None])
 
 
@@ -91,22 +101,46 @@ def _fwd_tile(
     begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One online-softmax step over the keys ``start + offs_n``; m_i is in log2 units."""
+    """One online-softmax step over the keys ``start + offs_n``.
+
+    Updates acc [BLOCK_M, D], l_i [BLOCK_M] and m_i [BLOCK_M], which is in log2 units.
+    """
     k_offset = start.to(tl.int64) * stride_kt
+    # [BLOCK_N, D]
     k = load_tile(k_ptrs, k_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    # [BLOCK_M, BLOCK_N]
     qk = scores(q, k, l_i.dtype, PRECISION)
     if MASK:
         qk = tl.where(_is_inside(start + offs_n, begin, end), qk, float("-inf"))
+    # [BLOCK_M]
     m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
-    # A row that has seen nothing yet has m_new = -inf: exp2(-inf - 0) = 0, -inf + inf would be NaN.
+    # A row that has seen no key yet has m_new = -inf. Subtracting 0 instead gives exp2(-inf) = 0,
+    # where -inf - -inf would be NaN.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASK else m_new
+    # [BLOCK_M, BLOCK_N]
     p = tl.exp2(qk * scale - shift[:, None])
+    # [BLOCK_M]
     alpha = tl.exp2(m_i - shift)
     l_i = l_i * alpha + tl.sum(p, 1)
     v_offset = start.to(tl.int64) * stride_vt
+    # [BLOCK_N, D]
     v = load_tile(v_ptrs, v_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    # [BLOCK_M, D]
     acc = add_product(scale_rows(acc, alpha), p, v, l_i.dtype, PRECISION)
     return acc, l_i, m_new
+
+
+@triton.jit
+def _query_tile(n_heads, n_kv_heads, n_queries, BLOCK_M: tl.constexpr):
+    """Query head, key head and tile of queries of this program; heads count over all batch rows.
+
+    Tiles of a head are neighbours and share its K and V in L2. The last queries see the most keys
+    and come first, so that no long program is left for the end.
+    """
+    n_tiles_m = tl.cdiv(n_queries, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // n_tiles_m
+    return head, head // (n_heads // n_kv_heads), n_tiles_m - 1 - pid % n_tiles_m
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -120,11 +154,8 @@ def _interval_attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INTERVALS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    n_tiles_m = tl.cdiv(n_queries, BLOCK_M)
-    pid = tl.program_id(0)
-    head = pid // n_tiles_m  # of all batch rows: their tiles are neighbours and share K and V in L2
-    kv_head = head // (n_heads // n_kv_heads)
-    pid_m = n_tiles_m - 1 - pid % n_tiles_m  # the last queries see the most keys: heavy tiles first
+    """out and lse of a tile of queries."""
+    head, kv_head, pid_m = _query_tile(n_heads, n_kv_heads, n_queries, BLOCK_M)  # pyright: ignore
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = column_blocks(HEAD_DIM, BLOCK_D, LAST_D)
@@ -134,6 +165,7 @@ def _interval_attention_fwd_kernel(
     k_ptrs = tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
     v_ptrs = tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
     table_offset = (head // n_heads).to(tl.int64) * stride_table[1]
+    # [BLOCK_M, D]
     q = load_tile(q_ptrs, 0, offs_m, n_queries, offs_d, HEAD_DIM, True)
 
     acc = zero_tile(BLOCK_M, offs_d, ACC)
@@ -143,21 +175,21 @@ def _interval_attention_fwd_kernel(
         table = i * stride_table[0] + table_offset
         begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
         first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_N)
-        for t in range(n_tiles - n_full):
+        for t in range(n_tiles - n_full):  # ragged tiles, around the main sweep
             tile = tl.where(t < n_head, t, t + n_full)
             acc, l_i, m_i = _fwd_tile(
                 acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
                 first + tile * BLOCK_N, offs_n, offs_d, n_keys,
                 begin, end, scale, HEAD_DIM, PRECISION, True,
             )  # fmt: skip
-        for t in range(n_full):
+        for t in range(n_full):  # main sweep
             acc, l_i, m_i = _fwd_tile(
                 acc, l_i, m_i, q, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
                 first + (n_head + t) * BLOCK_N, offs_n, offs_d, n_keys,
                 begin, end, scale, HEAD_DIM, PRECISION, False,
             )  # fmt: skip
 
-    is_empty = l_i == 0.0
+    is_empty = l_i == 0.0  # rows that see nothing
     l_i = tl.where(is_empty, 1.0, l_i)
     lse = tl.where(is_empty, float("-inf"), m_i * LN2 + tl.log(l_i))
     out_ptrs = tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
@@ -171,14 +203,18 @@ def _dq_tile(
     begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
+    """Adds what the keys ``start + offs_n`` contribute to dq [BLOCK_M, D]."""
     k_offset, v_offset = start.to(tl.int64) * stride_kt, start.to(tl.int64) * stride_vt
+    # [BLOCK_N, D]
     k = load_tile(k_ptrs, k_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
     v = load_tile(v_ptrs, v_offset, start + offs_n, n_keys, offs_d, HEAD_DIM, MASK)
+    # [BLOCK_M, BLOCK_N]
     qk = scores(q, k, delta.dtype, PRECISION)
     p = tl.exp2(qk * scale - lse2[:, None])
     if MASK:
         p = tl.where(_is_inside(start + offs_n, begin, end), p, 0.0)
     ds = p * (scores(do, v, delta.dtype, PRECISION) - delta[:, None])
+    # [BLOCK_M, D]
     return add_product(dq, ds, k, delta.dtype, PRECISION)
 
 
@@ -194,17 +230,14 @@ def _interval_attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     INTERVALS: tl.constexpr, HAS_DLSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a tile of queries; also writes lse in log2 units and delta, which dK/dV reads."""
-    n_tiles_m = tl.cdiv(n_queries, BLOCK_M)
-    pid = tl.program_id(0)
-    head = pid // n_tiles_m
-    kv_head = head // (n_heads // n_kv_heads)
-    pid_m = n_tiles_m - 1 - pid % n_tiles_m
+    """dQ of a tile of queries. Also writes lse in log2 units and delta, which dK/dV reads."""
+    head, kv_head, pid_m = _query_tile(n_heads, n_kv_heads, n_queries, BLOCK_M)  # pyright: ignore
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = column_blocks(HEAD_DIM, BLOCK_D, LAST_D)
     scale = scalar(softmax_scale, ACC) * LOG2E
 
+    # do, out and q: [BLOCK_M, D]; delta and lse2: [BLOCK_M]
     do_ptrs = tile_ptrs(do_ptr, head, n_heads, stride_do, offs_m, offs_d)
     do = load_tile(do_ptrs, 0, offs_m, n_queries, offs_d, HEAD_DIM, True)
     out_ptrs = tile_ptrs(out_ptr, head, n_heads, stride_out, offs_m, offs_d)
@@ -231,14 +264,14 @@ def _interval_attention_bwd_dq_kernel(
         table = i * stride_table[0] + table_offset
         begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_m, n_queries)
         first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_N)
-        for t in range(n_tiles - n_full):
+        for t in range(n_tiles - n_full):  # ragged tiles
             tile = tl.where(t < n_head, t, t + n_full)
             dq = _dq_tile(
                 dq, q, do, lse2, delta, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
                 first + tile * BLOCK_N, offs_n, offs_d, n_keys,
                 begin, end, scale, HEAD_DIM, PRECISION, True,
             )  # fmt: skip
-        for t in range(n_full):
+        for t in range(n_full):  # main sweep
             dq = _dq_tile(
                 dq, q, do, lse2, delta, k_ptrs, v_ptrs, stride_k[2], stride_v[2],
                 first + (n_head + t) * BLOCK_N, offs_n, offs_d, n_keys,
@@ -256,19 +289,25 @@ def _dkdv_tile(
     start, offs_m, offs_d, n_queries, begin, end, scale,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Adds what queries ``start + offs_m`` give to a tile of keys; scores are [keys, queries]."""
+    """Adds what the queries ``start + offs_m`` contribute to dk and dv [BLOCK_N, D]."""
     query = start + offs_m
     q_offset, do_offset = start.to(tl.int64) * stride_qt, start.to(tl.int64) * stride_dot
+    # [BLOCK_M, D]
     q = load_tile(q_ptrs, q_offset, query, n_queries, offs_d, HEAD_DIM, MASK)
     do = load_tile(do_ptrs, do_offset, query, n_queries, offs_d, HEAD_DIM, MASK)
+    # [BLOCK_M]
     lse2 = _load_rows(lse2_ptr, query, n_queries, MASK)
     delta = _load_rows(delta_ptr, query, n_queries, MASK)
+    # [BLOCK_N, BLOCK_M]
     kq = scores(k, q, delta.dtype, PRECISION)
     p = tl.exp2(kq * scale - lse2[None, :])
     if MASK:
         p = tl.where(_is_inside(query, begin, end), p, 0.0)
+    # [BLOCK_N, D]
     dv = add_product(dv, p, do, delta.dtype, PRECISION)
+    # [BLOCK_N, BLOCK_M]
     ds = p * (scores(v, do, delta.dtype, PRECISION) - delta[None, :])
+    # [BLOCK_N, D]
     dk = add_product(dk, ds, q, delta.dtype, PRECISION)
     return dk, dv
 
@@ -288,7 +327,7 @@ def _interval_attention_bwd_dkdv_kernel(
     n_tiles_n = tl.cdiv(n_keys, BLOCK_N)
     pid = tl.program_id(0)
     kv_head = pid // n_tiles_n
-    pid_n = pid % n_tiles_n  # the first keys are seen by the most queries: heavy tiles first
+    pid_n = pid % n_tiles_n  # the first keys are seen by the most queries and come first
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = column_blocks(HEAD_DIM, BLOCK_D, LAST_D)
@@ -296,6 +335,7 @@ def _interval_attention_bwd_dkdv_kernel(
 
     k_ptrs = tile_ptrs(k_ptr, kv_head, n_kv_heads, stride_k, offs_n, offs_d)
     v_ptrs = tile_ptrs(v_ptr, kv_head, n_kv_heads, stride_v, offs_n, offs_d)
+    # [BLOCK_N, D]
     k = load_tile(k_ptrs, 0, offs_n, n_keys, offs_d, HEAD_DIM, True)
     v = load_tile(v_ptrs, 0, offs_n, n_keys, offs_d, HEAD_DIM, True)
     table_offset = (kv_head // n_kv_heads).to(tl.int64) * stride_table[1]
@@ -311,14 +351,14 @@ def _interval_attention_bwd_dkdv_kernel(
             table = i * stride_table[0] + table_offset
             begin, end = _load_interval(begin_ptr + table, end_ptr + table, offs_n, n_keys)
             first, n_tiles, n_head, n_full = _sweep(begin, end, BLOCK_M)
-            for t in range(n_tiles - n_full):
+            for t in range(n_tiles - n_full):  # ragged tiles
                 tile = tl.where(t < n_head, t, t + n_full)
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr + row_offset, delta_ptr + row_offset,
                     stride_q[2], stride_do[2], first + tile * BLOCK_M, offs_m, offs_d,
                     n_queries, begin, end, scale, HEAD_DIM, PRECISION, True,
                 )  # fmt: skip
-            for t in range(n_full):
+            for t in range(n_full):  # main sweep
                 dk, dv = _dkdv_tile(
                     dk, dv, k, v, q_ptrs, do_ptrs, lse2_ptr + row_offset, delta_ptr + row_offset,
                     stride_q[2], stride_do[2], first + (n_head + t) * BLOCK_M, offs_m, offs_d,
@@ -353,7 +393,7 @@ def _launch_bwd(
     do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = _empty_bwd(q, k, v)
+    dq, dk, dv = _empty_bwd(do, dlse, q, k, v)
     do = do if do.stride(-1) == 1 else do.contiguous()  # e.g. the expanded gradient of a sum
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     config = lookup("dq", q.shape[-1], q.dtype, architecture(q))
@@ -399,44 +439,46 @@ def _constants(q: Tensor, begin: Tensor, config: LaunchConfig) -> dict:
     }
 
 
-def _empty_fwd(q: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_fwd(q: Tensor, *_) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)  # fp64 for fp64
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _empty_bwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_bwd(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+# Both operators take the interval tables of queries and of keys, so that autograd can save what the
+# backward needs. Only the dK/dV kernel reads the tables of keys.
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The keys' tables are for the backward alone."""
     return _launch_fwd(q, k, v, q_begin, q_end, softmax_scale)
 
 
-forward_op = define_op(
-    "interval_attention_fwd",
-    _forward,
-    lambda q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale: portable.interval_attention_fwd(
-        q, k, v, q_begin, q_end, softmax_scale
-    ),
-    lambda q, *_: _empty_fwd(q),
-)
-backward_op = define_op(
-    "interval_attention_bwd",
-    _launch_bwd,
-    lambda do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale: (
-        portable.interval_attention_bwd(do, dlse, q, k, v, out, lse, q_begin, q_end, softmax_scale)
-    ),
-    lambda do, dlse, q, k, v, *_: _empty_bwd(q, k, v),
-)
+def _portable_fwd(q, k, v, q_begin, q_end, k_begin, k_end, softmax_scale):
+    return portable.interval_attention_fwd(q, k, v, q_begin, q_end, softmax_scale)
+
+
+def _portable_bwd(do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale):
+    return portable.interval_attention_bwd(
+        do, dlse, q, k, v, out, lse, q_begin, q_end, softmax_scale
+    )
+
+
+forward_op = define_op("interval_attention_fwd", _forward, _portable_fwd, _empty_fwd)
+backward_op = define_op("interval_attention_bwd", _launch_bwd, _portable_bwd, _empty_bwd)
 
 
 def register_autograd(forward_op: Op, backward_op: Op) -> None:
-    """For ``forward_op(q, k, v, *tables, softmax_scale)`` and
-    ``backward_op(do, dlse, q, k, v, out, lse, *tables, softmax_scale)``."""
+    """Joins two operators: ``forward_op(q, k, v, *tables, softmax_scale) -> (out, lse)`` and
+    ``backward_op(do, dlse, q, k, v, out, lse, *tables, softmax_scale) -> (dq, dk, dv)``.
+    """
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.softmax_scale = inputs
@@ -446,7 +488,8 @@ def register_autograd(forward_op: Op, backward_op: Op) -> None:
     def backward(ctx, do, dlse):
         out, lse, q, k, v, *tables = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else do
-        # the constant lse of a row that sees nothing; logaddexp of two such would give it nan
+        # A row that sees nothing has a constant lse of -inf and passes no gradient on. The incoming
+        # one may be NaN, e.g. from logaddexp of two such rows.
         dlse = None if dlse is None else dlse.masked_fill(lse == float("-inf"), 0.0)
         grads = backward_op(do, dlse, q, k, v, out, lse, *tables, ctx.softmax_scale)
         return *grads, *[None] * (len(tables) + 1)
@@ -471,13 +514,13 @@ def interval_attention(
 
     Args:
         q, k, v: bf16, fp16, fp32 or fp64, any strides with a contiguous last dim, D up to 256;
-            H a multiple of Hkv. Under autocast they are cast to its dtype (fp64 stays).
+            H a multiple of Hkv. Under autocast they are cast to its dtype, except fp64.
         mask: built for these token counts, on the device of q.
         softmax_scale: default ``1 / sqrt(D)``.
         return_lse: also return the log-sum-exp of the scaled scores.
 
     Returns:
-        out ``[B, H, Tq, D]`` in the dtype of q; rows that see nothing are 0.
+        out ``[B, H, Tq, D]`` in the dtype of q; 0 for rows that see nothing.
         lse ``[B, H, Tq]``, natural log, fp32 (fp64 for fp64 inputs), differentiable; -inf for rows
         that see nothing.
 
