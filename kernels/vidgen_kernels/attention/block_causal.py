@@ -30,8 +30,8 @@ def block_causal_attention(
         window: a block sees only the last ``window`` blocks, itself included ...
         sink_blocks: ... and these first ones.
 
-    The rest, returns and errors: `interval_attention`. A mask built once with
-    `IntervalMask.block_causal` saves the metadata work of every further layer.
+    Other arguments, returns and errors: see `interval_attention`. To build the mask once for all
+    layers, call that with an `IntervalMask.block_causal`.
     """
     check_tensor("q", q)  # whose device the mask is put on
     mask = IntervalMask.block_causal(

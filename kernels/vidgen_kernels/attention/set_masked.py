@@ -1,6 +1,7 @@
 """`set_masked_attention`: sets of tokens, in any order, that see their own and earlier sets.
 
-Sort by rank, attend under the staircase of the sorted ranks, put back.
+Tokens are sorted by rank, attended to under the mask of the sorted ranks (`sorted_ranks`), and the
+results are put back in the order of the arguments.
 """
 
 from torch import Tensor
@@ -30,14 +31,14 @@ def _set_backward(
     order_q: Tensor, order_k: Tensor,
     q_begin: Tensor, q_end: Tensor, k_begin: Tensor, k_end: Tensor, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sorts again what the forward sorted: cheaper than to keep four sorted tensors a layer."""
+    """Sorts again what the forward sorted, which is cheaper than keeping four tensors a layer."""
     dlse = None if dlse is None else select_tokens(dlse, order_q)
     do, q, out, lse = (select_tokens(x, order_q) for x in (do, q, out, lse))
     k, v = select_tokens(k, order_k), select_tokens(v, order_k)
     dq, dk, dv = backward_op(
         do, dlse, q, k, v, out, lse, q_begin, q_end, k_begin, k_end, softmax_scale
     )
-    del do, q, k, v, out  # what is put back takes their memory
+    del do, q, k, v, out  # frees their memory for the gradients below
     back_q, back_k = order_q.argsort(dim=-1), order_k.argsort(dim=-1)
     dq = select_tokens(dq, back_q)
     dk = select_tokens(dk, back_k)
@@ -76,14 +77,15 @@ def set_masked_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention between sets of tokens in any order: query i sees key j iff rank_k[j] <= rank_q[i].
 
-    Sorted by rank this is the block-causal staircase, so tokens are sorted on the way in and put
-    back on the way out. A model that keeps its tokens sorted saves both: `IntervalMask.from_ranks`.
+    Tokens are sorted by rank on the way in, and results are put back on the way out. A model that
+    keeps its tokens sorted saves both: it calls `interval_attention` under
+    `IntervalMask.from_ranks`.
 
     Args:
         rank_q, rank_k: integers, any order and values; ``rank_k`` defaults to ``rank_q``. A query
-            ranked below all keys sees nothing (output 0), a key above all queries is unseen.
+            ranked below all keys sees nothing (output 0); no query sees a key ranked above all.
 
-    The rest, returns and errors: `interval_attention`.
+    Other arguments, returns and errors: see `interval_attention`.
     """
     q, k, v = prepare(q, k, v)
     ranks_q = check_ranks("rank_q", rank_q)

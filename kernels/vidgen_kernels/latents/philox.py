@@ -4,9 +4,9 @@
     u_k = (r_k div 2^9 + 1/2) 2^-23                      in (0, 1), exact in fp32
     n_0 + i n_1 = sqrt(-2 ln u_0) exp(2 pi i u_1)        and n_2, n_3 of u_2, u_3
 
-One counter i, a 64-bit integer, gives four normals, at most 5.77 in size. Bits and uniforms are the
-same wherever they are computed (`portable.philox` on a CPU), normals within 2e-6: the logarithm is
-a series, since that of the hardware is off by 3e-4 in sqrt(-2 ln u) for u close to 1.
+One counter i, a 64-bit integer, gives four normals, at most 5.77 in size. `philox_portable.py`
+computes the same bits and uniforms on a CPU, and the same normals within 2e-6. The logarithm is a
+series: that of the hardware is off by 3e-4 in sqrt(-2 ln u) for u close to 1.
 
 Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """

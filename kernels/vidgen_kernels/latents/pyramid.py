@@ -11,10 +11,10 @@ noise in ``out`` is white again.
 
 Shapes: x [B, C, T, H, W]; y [B, C, T, H//2, W//2]; out, z, eta [B, C, T, 2H, 2W].
 
-The kernels go over blocks as `_blocks` says. mean4 and nearest2 are each other's transpose but for
-a factor of 4, so the backward has the same form and nothing is summed across programs. Noise drawn
-here is never stored: one Philox counter gives the four normals of a block (`philox`), whatever the
-dtype and the launch.
+`blocks.py` says how the kernels go over blocks. mean4 is the transpose of nearest2 divided by 4, so
+the backward has the same form and nothing is summed across programs. Noise drawn here is never
+stored: one Philox counter gives the four normals of a block (`philox.py`), whatever the dtype and
+the launch configuration.
 
 Pyramid Flow (arXiv 2410.05954).
 """
@@ -259,7 +259,7 @@ def _empty_upsample_renoise_fwd(x: Tensor, *args) -> Tensor:
 def _empty_upsample_renoise_bwd(
     dout: Tensor, needs_dx: bool, noise_dtype: torch.dtype | None, *args
 ) -> tuple[Tensor, Tensor]:
-    """What is not needed is empty."""
+    """An operator cannot return None, so a gradient that is not needed has no elements."""
     low = (*dout.shape[:3], dout.shape[3] // 2, dout.shape[4] // 2)
     dx = dout.new_empty(low if needs_dx else 0)
     return dx, dout.new_empty(0 if noise_dtype is None else dout.shape, dtype=noise_dtype)

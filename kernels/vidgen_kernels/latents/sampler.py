@@ -203,7 +203,7 @@ def _merge_dims(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[tuple, 
 def _empty_fwd(
     x, velocity, uncond, previous, noise, coefficients, is_update, return_x0
 ) -> tuple[Tensor, Tensor]:
-    """x0 has no elements where nobody asked for it."""
+    """An operator cannot return None, so an x0 that was not asked for has no elements."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x0 = torch.empty_like(x, dtype=dtype) if return_x0 else x.new_empty(0, dtype=dtype)
     return torch.empty_like(x), x0

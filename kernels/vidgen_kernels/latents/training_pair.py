@@ -11,7 +11,7 @@ mean4 is the mean of each 2 x 2 block, nearest2 repeats a value over one. s and 
 levels where the stage starts and ends (`start_sigma`, `end_sigma`), r goes from 1 to 0 in between
 (`sigma`). Both ends share their noise, so the path of a stage is a straight line.
 
-Shapes: all tensors [B, C, T, H, W]; r [B]. The kernels go over blocks as `_blocks` says.
+Shapes: all tensors [B, C, T, H, W]; r [B]. `blocks.py` says how the kernels go over blocks.
 
 Pyramid Flow (arXiv 2410.05954).
 """
@@ -138,7 +138,7 @@ def _empty_fwd(
     clean: Tensor, noise: Tensor, sigma: Tensor, start_sigma: float, end_sigma: float,
     return_endpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Endpoints that nobody asked for are empty."""
+    """An operator cannot return None, so endpoints that were not asked for have no elements."""
     end = clean.shape if return_endpoints else (0,)
     pair = clean.new_empty(clean.shape), clean.new_empty(clean.shape)
     return *pair, clean.new_empty(end), clean.new_empty(end)
@@ -149,7 +149,7 @@ def _empty_bwd(
     sigma: Tensor, start_sigma: float, end_sigma: float,
     clean_dtype: torch.dtype | None, noise_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A gradient whose dtype is None is not needed, and empty."""
+    """A gradient that is not needed has dtype None here, and no elements: see `_empty_fwd`."""
     like = next(d for d in (dinput, dtarget, dstart, dend) if d is not None)
     dclean, dnoise = (
         like.new_empty(0 if dtype is None else like.shape, dtype=dtype)

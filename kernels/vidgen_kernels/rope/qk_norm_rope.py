@@ -1,6 +1,6 @@
 """`qk_norm_rope`: from the projection to normalised, rotated queries and keys of every head.
 
-The operator and its checks; `rope_kernels.py` holds the formulas and the kernels.
+The operator, its checks and the public function. `kernels.py` has the formulas and the kernels.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _backward(ctx, gradients):
 
 
 def _with_zeros(gradients: list[Tensor | None]) -> list[Tensor]:
-    """None as zeros that are all one row in memory."""
+    """Zeros in place of None, expanded from a single row in memory."""
     like = next(g for g in gradients if g is not None)
     return [
         like.new_zeros(like.shape[-1]).expand(like.shape) if g is None else g for g in gradients
