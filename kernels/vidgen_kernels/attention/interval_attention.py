@@ -134,7 +134,7 @@ def _fwd_tile(
 def _query_tile(pid, n_tiles_m, n_rep):
     """Query head, key head and tile of queries of program ``pid``; heads count over all batch rows.
 
-    Tiles of a head are neighbours, which share its K and V in L2. The last queries see the most
+    Tiles of a head are neighbours and share its K and V in L2. The last queries see the most
     keys and come first, so that no long program is left for the end.
     """
     head = pid // n_tiles_m
@@ -450,9 +450,8 @@ def _empty_bwd(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-# Forward and backward take the tables of queries and of keys, so that autograd passes on one list
-# of tensors. The forward launches on the queries' tables alone. The portable backward needs them
-# alone as well: it computes dK and dV from the rows of queries.
+# Both operators take the interval tables of queries and of keys, so that autograd can save what the
+# backward needs. Only the dK/dV kernel reads the tables of keys.
 
 
 def _forward(

@@ -45,6 +45,9 @@ def _set_backward(
     return dq, dk, select_tokens(dv, back_k)
 
 
+# Only the kernels read the interval tables of the keys.
+
+
 def _portable_fwd(q, k, v, order_q, order_k, q_begin, q_end, k_begin, k_end, softmax_scale):
     return portable.set_attention_fwd(q, k, v, order_q, order_k, q_begin, q_end, softmax_scale)
 
@@ -57,7 +60,7 @@ def _portable_bwd(
     )
 
 
-# The bodies are their own fakes: all they call has one.
+# The launchers are also the fakes: every operation in them has a fake itself.
 _set_forward_op = define_op("set_masked_attention_fwd", _set_forward, _portable_fwd, _set_forward)
 _set_backward_op = define_op(
     "set_masked_attention_bwd", _set_backward, _portable_bwd, _set_backward
