@@ -1,4 +1,4 @@
-"""What `accelerate` checks, changes and takes back."""
+"""What `accelerate` of `diffusers.py` checks, changes and restores."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ class Acceleration:
         self._is_active = True
 
     def restore(self) -> None:
-        """The model as it was, but for what others have changed since. Again does nothing."""
+        """Undoes the acceleration; keeps changes made by others. A second call does nothing."""
         if self._is_active:
             self._uninstall()
             kept = getattr(self.transformer, "original_attn_processors", None)
@@ -60,7 +60,7 @@ class Acceleration:
         """The largest difference that acceleration makes to an output.
 
         Runs the model with and without it, in evaluation mode and without gradients. Gates are
-        taken as 0, where RepVideo is CogVideoX: no other has something to be compared with.
+        set to 0 for it: RepVideo then equals CogVideoX, and other gates have no reference.
 
         Args:
             inputs: what the transformer is called with.
@@ -117,7 +117,7 @@ class Acceleration:
 def _exchanged(
     processors: dict[str, Any], old: dict[str, Any], new: dict[str, Any]
 ) -> dict[str, Any]:
-    """Where someone has set another one since, that stays."""
+    """``processors`` with ``old`` replaced by ``new``; one that others have set stays."""
     return {name: new[name] if x is old[name] else x for name, x in processors.items()}
 
 
@@ -161,7 +161,7 @@ def _check_block(name: str, block: nn.Module) -> None:
 def feature_cache(
     transformer: CogVideoXTransformer3DModel, gates: Tensor | Sequence[float] | float
 ) -> FeatureCache:
-    """Of these gates, on the device of the model; ValueError unless they fit it."""
+    """A cache with these gates on the model's device; ValueError unless they fit the model."""
     refuse_caches(transformer)
     n_layers, device = len(transformer.transformer_blocks), transformer.device
     if isinstance(gates, (int, float)):

@@ -9,11 +9,12 @@
 Parameters stay in the modules of diffusers. Linear layers and the MLP are called as modules, so
 adapters, quantisation and casting hooks work; of norms only weight, bias and eps are read.
 
-diffusers hands video and text on as two tensors. Here they are two views of one, which remembers
-itself on the first of them: no copy joins them again, unless someone has put other tensors in.
+diffusers passes video and text between modules as two tensors. Here both are views of one joint
+tensor, which an attribute of the video view refers to. So `join` copies only if other code has
+replaced one of the views.
 
-With gates (RepVideo, 2501.08994) a block leaves the residual after its MLP to the next one, which
-does it in one pass with the feature cache and its own norm. `Pending` then goes where the text did.
+With gates (RepVideo, 2501.08994) a block leaves the residual after its MLP to the next block, which
+fuses it with the feature cache and its first norm. A `Pending` then takes the place of the text.
 
 Legend: B batch, N tokens (L of text first), D hidden size.
 """
@@ -61,7 +62,7 @@ def join(video: Tensor, text: Tensor) -> Tensor:
 
 
 def _is_part(x: Tensor, joint: Tensor, first: int) -> bool:
-    """Whether ``x`` is a view of ``joint`` from token ``first`` on: ``x.data = ...`` ends that."""
+    """Whether ``x`` is a view of ``joint`` from token ``first`` on; not after ``x.data = ...``."""
     return (
         x.untyped_storage()._cdata == joint.untyped_storage()._cdata
         and x.storage_offset() == joint.storage_offset() + first * joint.stride(1)
@@ -71,10 +72,10 @@ def _is_part(x: Tensor, joint: Tensor, first: int) -> bool:
 
 
 class RotaryAngles:
-    """The angles that tables of cosines and sines stand for; kept for the next layer and step."""
+    """Angles [T, D / 2] of tables of cosines and sines, cached for the next layer and step."""
 
     def __init__(self) -> None:
-        # tables, what tells whether they are as they were, angles
+        # tables, their versions and the device, angles
         self._last: tuple[tuple[ref, ref], tuple, Tensor] | None = None
 
     def __call__(self, tables: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class RotaryAngles:
             (last_cos, last_sin), last_state, angles = self._last
             if last_cos() is cos and last_sin() is sin and last_state == state:
                 return angles
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training
+        with torch.inference_mode(False), torch.no_grad():  # the cache must serve training
             angles = _angles(cos, sin, like)
         self._last = (ref(cos), ref(sin)), state, angles
         return angles
@@ -98,7 +99,7 @@ class RotaryAngles:
 
 
 def _version(x: Tensor) -> int | None:
-    """Changes when x is written to, which nothing tells of an inference tensor."""
+    """Changes when x is written to; None for inference tensors, which have no version."""
     return None if x.is_inference() else x._version
 
 
@@ -163,13 +164,13 @@ class FusedProcessor:
 def _full_mask(x: Tensor) -> IntervalMask:
     """All tokens of ``x`` [B, N, D] see all."""
     lengths = [x.shape[1]]
-    if torch.compiler.is_compiling():  # a graph had better not copy from the host
+    if torch.compiler.is_compiling():  # avoids a host-to-device copy in the graph
         lengths = torch.full((1,), x.shape[1], device=x.device)
     return IntervalMask.full(lengths, lengths, device=x.device)
 
 
 class Pending(NamedTuple):
-    """What a block leaves to the next one, in place of the text: ``y = x + gate * f``."""
+    """The residual ``y = x + gate * f`` that a block leaves to the next; replaces the text."""
 
     f: Tensor | None  # [B, N, D]; None: x is y
     gate: Tensor | None  # [B, D], of video
@@ -187,7 +188,7 @@ class Plan:
 
 
 class FusedBlock:
-    """``forward`` takes and returns what that of ``block`` does, if there is no feature cache."""
+    """Replaces ``block.forward``; without a feature cache the signature is the same."""
 
     def __init__(self, block: Any, layer: int, plan: Plan) -> None:
         self.block, self.layer, self.plan = block, layer, plan
@@ -235,7 +236,7 @@ class FusedBlock:
         ):
             return split(_residual(h, after), before.text_length)
         if torch.is_grad_enabled() and self.plan.transformer.gradient_checkpointing:
-            # y is all that a checkpoint then keeps of a block
+            # so that a checkpoint saves only y of a block
             return _residual(h, after), Pending(None, None, None, before.text_length)
         return h, after
 
@@ -259,7 +260,7 @@ class FusedBlock:
 
 
 def refuse_caches(transformer: CogVideoXTransformer3DModel) -> None:
-    """ValueError where hooks skip blocks or change what they exchange: the window would miss it."""
+    """ValueError for hooks that skip blocks or change their outputs: the cache would not see it."""
     expected = "expected no block cache and no hook on blocks with gates"
     if transformer.is_cache_enabled:
         got = type(transformer._cache_config).__name__
@@ -278,7 +279,7 @@ def refuse_caches(transformer: CogVideoXTransformer3DModel) -> None:
 
 
 def affine(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None, float]:
-    """Weight, bias and eps of a LayerNorm; of None, those of no norm."""
+    """Weight, bias and eps of a LayerNorm; for None (None, None, 1e-6)."""
     if norm is None:
         return None, None, 1e-6
     assert isinstance(norm, nn.LayerNorm)  # `check_norms`
@@ -286,9 +287,9 @@ def affine(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None, float]
 
 
 def check_norms(block: Any, name: str) -> None:
-    """ValueError where a norm is of another class, or has a hook: their weights are read here.
+    """ValueError if a norm is of another class or has a hook: norms are read here, not called.
 
-    Both may be so before a model is accelerated, or come about later.
+    Called at acceleration and at every forward, because norms and hooks may change in between.
     """
     for n in ("norm1", "norm2"):
         if not isinstance(norm := getattr(block, n), CogVideoXLayerNormZero):
@@ -317,7 +318,7 @@ def _norm_options(norm: CogVideoXLayerNormZero) -> dict[str, Any]:
 
 
 def _modulations(norm: CogVideoXLayerNormZero, temb: Tensor) -> tuple[Modulation, Modulation]:
-    """Of video and of text; views [B, D] of one projection."""
+    """Modulations of video and of text; views [B, D] of one projection."""
     vectors = norm.linear(norm.silu(temb)).chunk(6, dim=1)
     shift, scale, gate, text_shift, text_scale, text_gate = vectors
     return Modulation(gate, scale, shift), Modulation(text_gate, text_scale, text_shift)

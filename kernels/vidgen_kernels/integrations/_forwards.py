@@ -1,8 +1,8 @@
-"""Exchanging the forward method of a module that others may have wrapped, before or after.
+"""Replaces the forward method of a module, also if others wrap it before or after.
 
-diffusers' hooks and accelerate's put a wrapper into ``module.forward`` and keep what was there. The
-method proper is exchanged where it is kept, so that wrappers stay in place, in force and removable
-in any order.
+Hooks of diffusers and of accelerate put a wrapper into ``module.forward`` and store the method they
+wrap. The method is replaced where it is stored, so wrappers keep working and can be removed in any
+order. Used by `_acceleration.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def replace(module: nn.Module, forward: Callable) -> None:
 
 
 def put_back(module: nn.Module, forward: Callable) -> None:
-    """Takes ``forward`` out again, wherever wrappers that came or went since have put it."""
+    """Takes ``forward`` out again, wherever wrappers have moved it since."""
     for owner, name in list(holders(module)):
         if getattr(owner, name) != forward:
             continue

@@ -4,8 +4,8 @@
     handle = accelerate(pipeline, gates=gates)   # RepVideo: blocks read a mix of earlier outputs
     handle.restore()                             # or: with accelerate(pipeline): ...
 
-Attention gets a processor by ``set_attn_processor``, blocks another forward method; parameters,
-their names, hooks and everything else stay. `_cogvideox.py` has the formulas.
+Attention gets a processor by ``set_attn_processor``, and blocks get another forward method.
+Parameters, their names and hooks stay. `_cogvideox.py` has the formulas.
 """
 
 from __future__ import annotations

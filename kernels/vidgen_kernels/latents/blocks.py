@@ -1,8 +1,12 @@
-"""What kernels on 2 x 2 blocks of [B, C, T, H, W] share: tiles, addresses, sums over blocks.
+"""Tiles, addresses and block sums of the kernels on 2 x 2 blocks of [B, C, T, H, W].
 
-A program owns BLOCK low-resolution pixels of one plane [H // 2, W // 2], counted along its rows,
-and above them the tile [2, 2 BLOCK]: a stretch of even rows, and of the odd rows below. Each is
-loaded and stored as it lies in memory; blocks are summed, and values repeated, in registers.
+A *plane* is one image: [H, W] at the high resolution, [H // 2, W // 2] at the low one. A program
+owns BLOCK consecutive low-resolution pixels of one plane, in row-major order, and the 2 x 2 blocks
+of high-resolution pixels that they stand for. These form the tile [2, 2 BLOCK]: row 0 holds pixels
+of even image rows, row 1 the pixels right below them. So loads and stores are consecutive in
+memory; sums over blocks and repeated values are formed in registers.
+
+Used by `pyramid.py` and `training_pair.py`.
 """
 
 import math
@@ -16,16 +20,16 @@ from torch import Tensor
 from ..common.launch import accumulator_dtype, architecture
 from .configs import lookup_pixel_blocks
 
-# Compiled once for all sizes; VECTOR says what divides them.
+# Compiled once for all sizes. VECTOR, which divides widths and strides, permits wide loads.
 SIZES = ("n_channels", "n_frames", "height", "width_vectors")
 
 
 @triton.jit
 def tile(shape, BLOCK: tl.constexpr):
-    """The plane of this program, its low-resolution pixels, and those of the even rows above.
+    """The program's plane, its low-resolution pixels [BLOCK] and its columns of the tile [2 BLOCK].
 
-    ``shape``: channels, frames, height and width of the higher resolution. Planes are counted over
-    B, C and T.
+    ``shape``: channels, frames, height and width of the high resolution. Planes are counted over
+    B, C and T. High-resolution pixels are counted over the even rows alone.
     """
     n_tiles = tl.cdiv((shape[2] + 1) // 2 * shape[3], 2 * BLOCK)
     start = tl.program_id(0) % n_tiles * BLOCK
@@ -45,7 +49,7 @@ def plane_offset(plane, shape, stride):
 
 @triton.jit
 def rows(pixel, shape):
-    """The rows [2, 2 BLOCK] of a tile; those from the height on are outside of the plane."""
+    """The rows [2, 2 BLOCK] of a tile; rows >= height are outside the plane."""
     return 2 * (pixel // shape[3])[None, :] + tl.arange(0, 2)[:, None]
 
 
@@ -71,7 +75,7 @@ def load_high(ptr, stride, plane, pixel, shape, VECTOR: tl.constexpr, ACC: tl.co
 
 @triton.jit
 def store_low(ptr, x, plane, pixel, shape):
-    """What `load_low` reads, of a contiguous tensor."""
+    """Stores the pixels [BLOCK] that `load_low` reads, to a contiguous tensor."""
     n_pixels = (shape[2] // 2) * (shape[3] // 2)
     ptrs = ptr + plane.to(tl.int64) * n_pixels + pixel
     tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=pixel < n_pixels)
@@ -79,7 +83,7 @@ def store_low(ptr, x, plane, pixel, shape):
 
 @triton.jit
 def store_high(ptr, x, plane, pixel, shape):
-    """What `load_high` reads, of a contiguous tensor."""
+    """Stores the tile [2, 2 BLOCK] that `load_high` reads, to a contiguous tensor."""
     row = rows(pixel, shape)
     offset = plane.to(tl.int64) * (shape[2] * shape[3]) + row * shape[3]
     ptrs = ptr + offset + (pixel % shape[3])[None, :]
@@ -95,7 +99,7 @@ def sum4(x):
 
 @triton.jit
 def nearest2(x):
-    """Repeats over blocks: [BLOCK] to [1, 2 BLOCK], which stands for both rows."""
+    """Repeats each value twice: [BLOCK] to [1, 2 BLOCK], which broadcasts to both rows."""
     return tl.interleave(x, x)[None, :]
 
 
@@ -105,8 +109,8 @@ def tiling(
     """Grid, sizes and constants of a kernel on 2 x 2 blocks.
 
     Args:
-        result: says the dtype to calculate in.
-        high, low: what is loaded or stored at the two resolutions, at least one of ``high``.
+        result: its dtype decides the accumulator dtype and the launch configuration.
+        high, low: the tensors accessed at the two resolutions; at least one in ``high``.
     """
     _, n_channels, n_frames, height, width = high[0].shape
     vector = math.gcd(8, width)  # 8: 16 bytes of a 16-bit dtype

@@ -1,14 +1,14 @@
-"""Normal random numbers of a counter and a key, inside a kernel: Philox4x32-10, Box and Muller.
+"""Counter-based normal random numbers inside a kernel: Philox4x32-10 and Box-Muller.
 
     r0, r1, r2, r3 = philox4x32-10(counter = (i mod 2^32, i div 2^32, 0, 0), key = seed)
     u_k = (r_k div 2^9 + 1/2) 2^-23                      in (0, 1), exact in fp32
     n_0 + i n_1 = sqrt(-2 ln u_0) exp(2 pi i u_1)        and n_2, n_3 of u_2, u_3
 
-One counter i, a 64-bit integer, gives four normals, at most 5.77 in size. `philox_portable.py`
-computes the same bits and uniforms on a CPU, and the same normals within 2e-6. The logarithm is a
-series: that of the hardware is off by 3e-4 in sqrt(-2 ln u) for u close to 1.
+One 64-bit counter i gives four normals with absolute value at most 5.77. Bits and uniforms are
+identical on every device (`philox_portable.py` on a CPU), normals agree within 2e-6. The logarithm
+is a series, because the hardware's has an error of 3e-4 in sqrt(-2 ln u) for u close to 1.
 
-Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+Used by `pyramid.py`. Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """
 
 import triton
@@ -19,7 +19,7 @@ from ..common.jit import cos_sin
 
 @triton.jit
 def uniforms(seed, counter):
-    """Four fp32 tensors like ``counter``, which is int64."""
+    """Four fp32 tensors, uniform in (0, 1), of the shape of the int64 ``counter``."""
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     r0, r1, r2, r3 = tl.philox(seed, low, high, low * 0, low * 0)  # pyright: ignore
     return _unit(r0), _unit(r1), _unit(r2), _unit(r3)
@@ -27,7 +27,7 @@ def uniforms(seed, counter):
 
 @triton.jit
 def normals(seed, counter):
-    """Four fp32 tensors like ``counter``, which is int64."""
+    """Four fp32 tensors, standard normal, of the shape of the int64 ``counter``."""
     u0, u1, u2, u3 = uniforms(seed, counter)  # pyright: ignore
     n0, n1 = _box_muller(u0, u1)
     n2, n3 = _box_muller(u2, u3)
@@ -52,7 +52,7 @@ def _log(x):
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # x = 2^exponent m, m in [sqrt(1/2), sqrt(2))
     m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
-    # ln m = 2 artanh(s) = 2 (s + s^3/3 + ... ), |s| < 0.172: what follows s^11 is below 1e-9 s
+    # ln m = 2 artanh(s) = 2 (s + s^3/3 + ... ), |s| < 0.172: terms after s^11 are below 1e-9 s
     s = (m - 1.0) / (m + 1.0)
     s2 = s * s
     series = s2 * 0 + 1.0 / 11

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its normals on a CPU: the numbers that `philox` has.
+"""Philox4x32-10 and its normals on a CPU: the same stream as `philox.py`.
 
 32-bit words are kept in int64 tensors; a 64-bit product wraps around to the same bits.
 """
@@ -18,11 +18,11 @@ WORD = 0xFFFFFFFF
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     """Four random words of each counter: four words, int64 ``[N]`` with values below 2^32."""
     c0, c1, c2, c3 = counter
-    del counter  # its memory is for the next round
+    del counter  # frees its memory for the next round
     k0, k1 = key
     for _ in range(ROUNDS):
         p0, p2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        # What stands above the low word of c1 and c3 is cut with the rest, once per word.
+        # c1 and c3 stay unmasked: the masks of c0 and c2 in the next round cover them.
         c0 = (p2 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
         c1, c3 = p2, p0
@@ -35,7 +35,7 @@ def uniforms(seed: int, first: int, n: int) -> list[Tensor]:
     words = philox4x32(_counter(first, n), (seed & WORD, (seed >> 32) & WORD))
     words.reverse()
     found = []
-    while words:  # each gives way to what is made of it
+    while words:  # frees each word once it is converted
         found.append(words.pop().bitwise_right_shift_(9).double().add_(0.5).mul_(2.0**-23))
     return found
 

@@ -4,17 +4,17 @@
     upsample_renoise  out = alpha nearest2(x) + beta eta
                       eta = sqrt(1 + gamma) (z - mean4 z) + sqrt(1 - 3 gamma) mean4 z
 
-mean4 is the mean of each 2 x 2 block (an odd size is resized bilinearly), nearest2 repeats a value
-over one. z is white noise; eta has unit variance, covariance -gamma within a block and none outside
-of it, and sums to 0 over a block at gamma = 1/3. With alpha and beta of `renoise_coefficients` the
-noise in ``out`` is white again.
+mean4 is the mean of each 2 x 2 block (if H or W is odd, a bilinear resize), nearest2 repeats each
+value over a block. z is white noise. eta has unit variance, covariance -gamma between the pixels of
+a block and 0 between blocks; at gamma = 1/3 it sums to 0 over each block. With alpha and beta of
+`renoise_coefficients` the noise in ``out`` is white again.
 
 Shapes: x [B, C, T, H, W]; y [B, C, T, H//2, W//2]; out, z, eta [B, C, T, 2H, 2W].
 
-`blocks.py` says how the kernels go over blocks. mean4 is the transpose of nearest2 divided by 4, so
-the backward has the same form and nothing is summed across programs. Noise drawn here is never
-stored: one Philox counter gives the four normals of a block (`philox.py`), whatever the dtype and
-the launch configuration.
+`blocks.py` says how kernels are tiled. mean4 is the transpose of nearest2 divided by 4, so the
+backward has the same form as the forward, and nothing is summed across programs. Noise z drawn from
+a seed stays in registers: one Philox counter gives the four normals of a block (`philox.py`), so
+the values depend neither on the dtype nor on the launch configuration.
 
 Pyramid Flow (arXiv 2410.05954).
 """
@@ -59,9 +59,10 @@ def _downsample_fwd_kernel(
     factor: tl.float64,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = factor mean4(x), of even sizes."""
+    """y = factor mean4(x), for even H and W."""
     shape = (n_channels, n_frames, height, width_vectors * VECTOR)
     plane, low, high = tile(shape, BLOCK)  # pyright: ignore
+    # [2, 2 BLOCK]
     x = load_high(x_ptr, stride_x, plane, high, shape, VECTOR, ACC)
     store_low(y_ptr, scalar(factor, ACC) * 0.25 * sum4(x), plane, low, shape)
 
@@ -70,7 +71,7 @@ def _downsample_fwd_kernel(
 def _source(i, n_in, n_out, ACC: tl.constexpr):
     """Output ``i`` reads ``(1 - weight) x[first] + weight x[first + 1]`` along an axis.
 
-    Its centre lies at ``(i + 1/2) n_in / n_out - 1/2``, at least 2 inputs from the next one.
+    Its centre is at ``(i + 1/2) n_in / n_out - 1/2``; centres are at least 2 inputs apart.
     """
     position = (2 * i.to(tl.int64) + 1) * n_in - n_out  # in units of 1 / (2 n_out)
     first = position // (2 * n_out)
@@ -92,10 +93,11 @@ def _downsample_odd_fwd_kernel(
     factor: tl.float64,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = factor times the bilinear resize of x, of any size."""
+    """y = factor times the bilinear resize of x, for any H and W."""
     shape = (n_channels, n_frames, height, width_vectors * VECTOR)
     plane, low, _ = tile(shape, BLOCK)  # pyright: ignore
     n_rows, n_columns = height // 2, shape[3] // 2
+    # [BLOCK]
     row, down = _source(low // n_columns, height, n_rows, ACC)
     column, right = _source(low % n_columns, shape[3], n_columns, ACC)
     ptrs = x_ptr + plane_offset(plane, shape, stride_x)
@@ -113,9 +115,10 @@ def _downsample_odd_bwd_kernel(
     factor: tl.float64,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Its transpose."""
+    """dx: the transpose of `_downsample_odd_fwd_kernel`. Each input has at most one reader."""
     shape = (n_channels, n_frames, height, width_vectors * VECTOR)
     plane, _, high = tile(shape, BLOCK)  # pyright: ignore
+    # [2, 2 BLOCK], and [2 BLOCK] for columns
     row, down = _reader(rows(high, shape), height, height // 2, ACC)
     column, right = _reader(high % shape[3], shape[3], shape[3] // 2, ACC)
     ptrs = dy_ptr + plane_offset(plane, shape, stride_dy)
@@ -141,15 +144,19 @@ def _upsample_fwd_kernel(
         base += scalar(alpha, ACC) * load_low(x_ptr, stride_x, plane, low, shape, VECTOR, ACC)
     noise_factor, mean_factor = scalar(noise_factor, ACC), scalar(mean_factor, ACC)
     if HAS_NOISE:
+        # [2, 2 BLOCK]
         z = load_high(noise_ptr, stride_noise, plane, high, shape, VECTOR, ACC)
         out = nearest2(base + mean_factor * 0.25 * sum4(z)) + noise_factor * z
     elif HAS_SEED:
         counter = offset + plane.to(tl.int64) * ((height // 2) * (shape[3] // 2)) + low
-        z0, z1, z2, z3 = normals(tl.load(seed_ptr), counter)  # row by row
+        # [BLOCK] each: top left, top right, bottom left, bottom right of a block
+        z0, z1, z2, z3 = normals(tl.load(seed_ptr), counter)
         z0, z1, z2, z3 = z0.to(ACC), z1.to(ACC), z2.to(ACC), z3.to(ACC)
         base += mean_factor * 0.25 * ((z0 + z2) + (z1 + z3))
+        # [2 BLOCK]
         top = tl.interleave(base + noise_factor * z0, base + noise_factor * z1)
         bottom = tl.interleave(base + noise_factor * z2, base + noise_factor * z3)
+        # [2, 2 BLOCK]
         out = tl.trans(tl.join(top, bottom))
     else:
         out = tl.broadcast_to(nearest2(base), [2, 2 * BLOCK])
@@ -166,7 +173,9 @@ def _upsample_bwd_kernel(
     """dx = alpha sum4(dout), dz = noise_factor dout + mean_factor nearest2(mean4(dout))."""
     shape = (n_channels, n_frames, height, width_vectors * VECTOR)
     plane, low, high = tile(shape, BLOCK)  # pyright: ignore
+    # [2, 2 BLOCK]
     dout = load_high(dout_ptr, stride_dout, plane, high, shape, VECTOR, ACC)
+    # [BLOCK]
     total = sum4(dout)
     if HAS_DX:
         store_low(dx_ptr, scalar(alpha, ACC) * total, plane, low, shape)
@@ -259,7 +268,7 @@ def _empty_upsample_renoise_fwd(x: Tensor, *args) -> Tensor:
 def _empty_upsample_renoise_bwd(
     dout: Tensor, needs_dx: bool, noise_dtype: torch.dtype | None, *args
 ) -> tuple[Tensor, Tensor]:
-    """An operator cannot return None, so a gradient that is not needed has no elements."""
+    """dx and dnoise; one that is not needed has no elements."""
     low = (*dout.shape[:3], dout.shape[3] // 2, dout.shape[4] // 2)
     dx = dout.new_empty(low if needs_dx else 0)
     return dx, dout.new_empty(0 if noise_dtype is None else dout.shape, dtype=noise_dtype)
@@ -359,11 +368,11 @@ def upsample_renoise(
     Exactly one of ``noise``, ``block_noise`` and ``seed`` says where eta comes from.
 
     Args:
-        x: bf16, fp16, fp32 or fp64, any strides, as noise and block_noise; those on its device.
+        x: bf16, fp16, fp32 or fp64, any strides; so are noise and block_noise, on the device of x.
         alpha, beta: see `renoise_coefficients`.
         gamma: eta has covariance -gamma between the pixels of a block; above 0, at most 1/3.
         noise: white noise z from which eta is made.
-        block_noise: eta itself, of whatever gamma it was made with.
+        block_noise: eta itself; ``gamma`` is then not used.
         seed: draws z inside the kernel: an int of 64 bits, or an int64 tensor ``[]`` or ``[1]`` on
             the device of x, whose value may change between replays of a CUDA graph.
         offset: first counter of the stream of ``seed``. A call takes ``draws(out.shape)`` of them,
@@ -414,7 +423,7 @@ def block_noise(
 
     Args:
         shape: ``[B, C, T, H, W]``, H and W even.
-        gamma, seed, offset: as there.
+        gamma, seed, offset: as in `upsample_renoise`.
         dtype: bf16, fp16, fp32 or fp64; the normals are fp32 numbers in each.
         device: default that of a seed tensor, else the CPU.
 
@@ -437,7 +446,7 @@ def block_noise(
 
 
 def draws(shape: Sequence[int]) -> int:
-    """How many counters noise of this shape takes: by so much `offset` grows for the next call."""
+    """How many counters noise of this shape takes; add it to ``offset`` for the next call."""
     return math.prod(shape[:3]) * (shape[3] // 2) * (shape[4] // 2)
 
 
@@ -468,7 +477,7 @@ def _mixing(gamma: float) -> tuple[float, float]:
 def _seed_tensor(
     seed: int | Tensor, offset: int, shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """int64 [1] or [] on the device; filled there, so without waiting for it."""
+    """int64 [1] or [] on the device; an int is filled in there, without synchronizing."""
     end = 2**63 - draws(shape)
     if not is_int_or_symbol(offset) or not 0 <= offset < end:
         raise ValueError(f"offset: expected from 0 to {end - 1}, got {offset}")

@@ -1,7 +1,7 @@
-"""Pyramid resampling on a CPU: a few planes [H, W] at a time, so that all they take is in cache.
+"""Pyramid resampling on a CPU, a few planes [H, W] at a time, so that intermediates stay in cache.
 
-Rows are added first, columns then: plain strided sums, many times faster than PyTorch's pooling or
-interpolation of blocks of two. Nothing is summed in less than fp32.
+Rows are added first, then columns: plain strided sums are many times faster than PyTorch's pooling
+or interpolation over 2 x 2 blocks. Sums are in fp32 or wider. Formulas: `pyramid.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,7 @@ def upsample_renoise_fwd(
     noise_factor: float,
     mean_factor: float,
 ) -> Tensor:
-    """``nearest2(alpha x + mean_factor mean4(z)) + noise_factor z``, z given or of the seed."""
+    """``nearest2(alpha x + mean_factor mean4(z)) + noise_factor z``, z given or drawn."""
     out = x.new_empty(*x.shape[:3], 2 * x.shape[3], 2 * x.shape[4])
     planes, results = x.flatten(0, 2), out.flatten(0, 2)
     given = None if noise is None else noise.flatten(0, 2)
@@ -87,7 +87,7 @@ def upsample_renoise_bwd(
     noise_factor: float,
     mean_factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """``dx = alpha sum4(dout)`` and dz, the transpose of what z gives; empty where not needed."""
+    """``dx = alpha sum4(dout)`` and dz; one that is not needed has no elements."""
     low = (*dout.shape[:3], dout.shape[3] // 2, dout.shape[4] // 2)
     dx = dout.new_empty(low if needs_dx else 0)
     dnoise = dout.new_empty(0 if noise_dtype is None else dout.shape, dtype=noise_dtype)
@@ -129,7 +129,7 @@ def block_noise(
 def _add_drawn(
     out: Tensor, base: Tensor, seed: Tensor, counter: int, noise_factor: float, mean_factor: float
 ) -> None:
-    """Fills ``out`` [N, H, W] with ``nearest2(base)`` and what the normals of its blocks give."""
+    """Fills ``out`` [N, H, W] with `upsample_renoise_fwd` of base = alpha x, z drawn."""
     n_planes, height, width = out.shape
     shape = (n_planes, height // 2, width // 2)
     z = [x.view(shape).to(base.dtype) for x in normals(int(seed), counter, out.numel() // 4)]
@@ -145,7 +145,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def plane_chunks(x: Tensor) -> Iterator[slice]:
-    """Of the planes of ``x`` [B, C, T, H, W], `CHUNK` pixels at a time; none if it is empty."""
+    """Slices of the planes of ``x`` [B, C, T, H, W], about `CHUNK` pixels each; none if empty."""
     if not x.numel():
         return
     n_planes = x.shape[:3].numel()
@@ -155,7 +155,7 @@ def plane_chunks(x: Tensor) -> Iterator[slice]:
 
 
 def working_copy(result: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where to calculate what `put` rounds: the result itself if that is of the dtype."""
+    """Buffer of ``dtype`` for `put` to round: ``result`` itself if it has that dtype."""
     return result if result.dtype == dtype else torch.empty_like(result, dtype=dtype)
 
 

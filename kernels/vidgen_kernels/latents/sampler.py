@@ -10,15 +10,15 @@ All tensors have the shape of x, which may be any. Every sampler here is such a 
     DDIM                  x' = k x + (A+ - k A) x0,  x0 = a x - sqrt(1 - a^2) v
     SDE-DPM-Solver++ 2M   x' = c1 x + c2 [x0 + m (x0 - previous)] + c3 noise
 
-with A = sqrt(alpha_bar) of this step, A+ that of the next, a what the denoiser takes A for. The
-coefficients are a few Python floats, combined in fp64 before anything is launched; the kernel knows
-the first three lines alone. It reads every tensor once, where it lies, computes in fp32 (fp64 for
-fp64) and rounds the results. Products and sums are not fused to multiply-adds, so that an fp32
-Euler step has the bits of the official one on every device. The step is linear: the backward saves
-no tensor, one pass scales the gradients of x' and x0 into all that are wanted.
+with A = sqrt(alpha_bar) of this step, A+ that of the next step, and a the value that the denoiser
+uses for A. Python combines the coefficients in fp64 before the launch; the kernel computes only the
+first three lines. It reads every tensor once with its own strides, computes in fp32 (fp64 for fp64)
+and rounds the results. Multiply-adds are not fused, so that an fp32 Euler step is bitwise equal to
+the official one on every device. The step is linear, so the backward saves no input: one pass
+scales the gradients of x' and x0 into all gradients that are needed.
 
-Coefficients reach the operator as a CPU tensor: torch.compile specializes on floats that a custom
-operator is given, and would compile again at every step; values of a tensor it does not ask for.
+Coefficients reach the operator as a CPU tensor. torch.compile specializes on the floats given to a
+custom operator, so floats would recompile at every step; it does not specialize on tensor values.
 
 Used by Pyramid Flow (2410.05954) and NOVA (2412.14169): Euler; by CogVideoX (2408.06072) and
 RepVideo (2501.08994): DDIM (2010.02502) and SDE-DPM-Solver++ (2211.01095), with v-prediction
@@ -47,7 +47,7 @@ Number = float | Tensor
 
 @triton.jit
 def _offsets(index, sizes, stride):
-    """Where the elements ``index`` lie; sizes and strides of dims as `_merge_dims` leaves them."""
+    """Memory offsets of the elements ``index`` [BLOCK]; sizes and strides of `_merge_dims`."""
     offset = index * 0
     for d in tl.static_range(len(sizes) - 1, 0, -1):  # pyright: ignore
         offset += (index % sizes[d]) * stride[d]
@@ -78,12 +78,13 @@ def _linear_step_fwd_kernel(
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_inside = index < n_elements
+    # all tensors [BLOCK]
     x = _load(x_ptr, index, is_inside, sizes, stride_x, ACC)
     v = _load(velocity_ptr, index, is_inside, sizes, stride_velocity, ACC)
     if uncond_ptr is not None:
         uncond = _load(uncond_ptr, index, is_inside, sizes, stride_uncond, ACC)
         w = scalar(guidance, ACC)
-        # From the nearer end: guidance 0 and 1 give uncond and velocity exactly.
+        # Interpolate from the nearer end: guidance 0 gives uncond exactly, 1 velocity.
         v = tl.where(w < 0.5, uncond + w * (v - uncond), v + (w - 1) * (v - uncond))
     out = scalar(c_x, ACC) * x + scalar(c_v, ACC) * v
     if previous_ptr is not None:
@@ -99,14 +100,14 @@ def _linear_step_fwd_kernel(
 
 @triton.jit
 def _linear_step_bwd_kernel(
-    # any but one of dout and dx0, and of what is written, may be None
+    # at least one of dout and dx0, and at least one output, is not None
     dout_ptr, dx0_ptr, dx_ptr, dvelocity_ptr, duncond_ptr, dprevious_ptr, dnoise_ptr,
     sizes, stride_dout, stride_dx0, stride_grad, n_elements,
     guidance: tl.float64, c_x: tl.float64, c_v: tl.float64, c_p: tl.float64, c_z: tl.float64,
     a_x: tl.float64, a_v: tl.float64,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The transposed step."""
+    """The transposed step: gradients of all inputs from those of x' and x0."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_inside = index < n_elements
     dout = tl.zeros([BLOCK], ACC)
@@ -178,9 +179,9 @@ def _either(dout: Tensor | None, dx0: Tensor | None) -> Tensor:
 
 
 def _merge_dims(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[tuple, list[tuple]]:
-    """The fewest dims that say where all elements lie: their sizes, and per tensor its strides.
+    """Merges dims that are contiguous in all tensors: sizes, and the strides of each tensor.
 
-    Dims are taken in the order in which those of ``like`` lie in memory, the one that is written.
+    Dims are sorted by the strides of ``like``, the output, so that its stores are consecutive.
     """
     if all(x is None or x.is_contiguous() for x in tensors):
         return (like.numel(),), [(1,)] * len(tensors)
@@ -203,7 +204,7 @@ def _merge_dims(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[tuple, 
 def _empty_fwd(
     x, velocity, uncond, previous, noise, coefficients, is_update, return_x0
 ) -> tuple[Tensor, Tensor]:
-    """An operator cannot return None, so an x0 that was not asked for has no elements."""
+    """x' and x0; without ``return_x0`` x0 has no elements."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x0 = torch.empty_like(x, dtype=dtype) if return_x0 else x.new_empty(0, dtype=dtype)
     return torch.empty_like(x), x0
@@ -244,7 +245,7 @@ refuse_double_backward(backward_op)
 
 
 class LinearStep(NamedTuple):
-    """The coefficients of a step; see the formulas on top."""
+    """The coefficients of a step; see the formulas at the top of this file."""
 
     c_x: Number = 1
     c_v: Number = 0
@@ -266,7 +267,7 @@ def linear_step(
     is_update: bool = False,  # c_x = 1, a_x = 0: known without reading them
     return_x0: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``x'`` in the dtype of x and ``x0`` in fp32 (fp64 for fp64), empty unless asked for."""
+    """``x'`` in the dtype of x and ``x0`` in fp32 (fp64 for fp64), empty without return_x0."""
     check_tensor("x", x)
     _check_like("velocity", velocity, x)
     for name, other in (("uncond", uncond), ("previous", previous), ("noise", noise)):
@@ -364,8 +365,8 @@ def ddim_step(
     Args:
         x, velocity, uncond, guidance: as in `euler_step`.
         sqrt_alpha, sqrt_alpha_next: sqrt(alpha_bar) of this step, 0 to below 1, and of the next.
-        denoiser_sqrt_alpha: where the denoiser takes another one than the sampler for ``x0``, such
-            as the nearest entry of a table; default: ``sqrt_alpha``.
+        denoiser_sqrt_alpha: the value used for ``x0`` if the denoiser has another one than the
+            sampler, e.g. the nearest entry of a table; default: ``sqrt_alpha``.
 
     Returns and raises: as `euler_step`; ValueError also for an alpha out of range.
     """
@@ -412,7 +413,8 @@ def dpm_step(
     Returns:
         x' as `euler_step` does, and x0 in fp32 (fp64 for fp64), ``previous`` of the next step.
 
-    Raises: as `ddim_step`; ValueError also without the noise or for half of what goes together.
+    Raises: as `ddim_step`; ValueError also for missing noise, or one of previous and
+    sqrt_alpha_previous without the other.
     """
     check_number("sqrt_alpha", sqrt_alpha, 0, 1)
     check_number("sqrt_alpha_next", sqrt_alpha_next, 0, 1)

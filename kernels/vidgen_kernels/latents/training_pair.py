@@ -7,11 +7,11 @@
     dend += (1 - r) dinput - dtarget                dclean = (1 - e) dend
                                                              + (1 - s) nearest2(mean4(dstart))
 
-mean4 is the mean of each 2 x 2 block, nearest2 repeats a value over one. s and e are the noise
-levels where the stage starts and ends (`start_sigma`, `end_sigma`), r goes from 1 to 0 in between
-(`sigma`). Both ends share their noise, so the path of a stage is a straight line.
+mean4 is the mean of each 2 x 2 block, nearest2 repeats each value over a block. s and e are the
+noise levels where the stage starts and ends (`start_sigma`, `end_sigma`), r goes from 1 to 0 in
+between (`sigma`). Both ends share their noise, so the path of a stage is a straight line.
 
-Shapes: all tensors [B, C, T, H, W]; r [B]. `blocks.py` says how the kernels go over blocks.
+Shapes: all tensors [B, C, T, H, W]; r [B]. The kernels go over blocks as `blocks.py` says.
 
 Pyramid Flow (arXiv 2410.05954).
 """
@@ -40,6 +40,7 @@ def _training_pair_fwd_kernel(
 ):  # fmt: skip
     shape = (n_channels, n_frames, height, width_vectors * VECTOR)
     plane, _, pixel = tile(shape, BLOCK)  # pyright: ignore
+    # [2, 2 BLOCK]
     clean = load_high(clean_ptr, stride_clean, plane, pixel, shape, VECTOR, ACC)
     noise = load_high(noise_ptr, stride_noise, plane, pixel, shape, VECTOR, ACC)
     r = _load_sigma(sigma_ptr, stride_sigma, plane, shape, ACC)
@@ -138,7 +139,7 @@ def _empty_fwd(
     clean: Tensor, noise: Tensor, sigma: Tensor, start_sigma: float, end_sigma: float,
     return_endpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """An operator cannot return None, so endpoints that were not asked for have no elements."""
+    """Without ``return_endpoints`` start and end have no elements."""
     end = clean.shape if return_endpoints else (0,)
     pair = clean.new_empty(clean.shape), clean.new_empty(clean.shape)
     return *pair, clean.new_empty(end), clean.new_empty(end)
@@ -149,7 +150,7 @@ def _empty_bwd(
     sigma: Tensor, start_sigma: float, end_sigma: float,
     clean_dtype: torch.dtype | None, noise_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A gradient that is not needed has dtype None here, and no elements: see `_empty_fwd`."""
+    """dclean and dnoise; a dtype of None means not needed: no elements."""
     like = next(d for d in (dinput, dtarget, dstart, dend) if d is not None)
     dclean, dnoise = (
         like.new_empty(0 if dtype is None else like.shape, dtype=dtype)
@@ -171,7 +172,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, *upstream):
     needed = ctx.needs_input_grad[:2]
-    if not ctx.return_endpoints:  # those are empty, and so are gradients that a tracer makes up
+    if not ctx.return_endpoints:  # a tracer may supply empty gradients for them
         upstream = *upstream[:2], None, None
     if all(d is None for d in upstream):
         return (None,) * 6
@@ -185,7 +186,7 @@ refuse_double_backward(backward_op)
 
 
 class TrainingPair(NamedTuple):
-    """Tensors like ``clean``; start and end where they were asked for."""
+    """Tensors of the shape of ``clean``; start and end only with ``return_endpoints``."""
 
     input: Tensor
     target: Tensor
@@ -205,9 +206,9 @@ def training_pair(
     """Noisy input and velocity target of one stage, from its clean latent and coupled noise.
 
     Args:
-        clean: bf16, fp16, fp32 or fp64, any strides, as noise; noise on its device.
-        start_sigma: noise level at the start, 0 to 1. At 1, of the first stage, any H and W will
-            do; else they are even, for the start holds the clean latent of the stage before.
+        clean: bf16, fp16, fp32 or fp64, any strides; so is noise, on the same device.
+        start_sigma: noise level at the start, 0 to 1. Below 1, H and W must be even, because the
+            start holds the downsampled clean latent. The first stage has 1.
         end_sigma: noise level at the end, 0 to 1.
         sigma: where between start (1) and end (0) the input lies: floating point ``[B]`` on the
             device of clean, or a number for all rows. It gets no gradient.

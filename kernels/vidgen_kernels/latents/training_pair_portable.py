@@ -1,4 +1,4 @@
-"""Training pairs of a pyramid on a CPU: a few planes at a time, so that all is in cache."""
+"""Training pairs of a pyramid on a CPU: a few planes at a time, which stay in cache."""
 
 import torch
 from torch import Tensor

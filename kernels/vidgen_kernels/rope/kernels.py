@@ -2,7 +2,7 @@
 
     xhat = (x - mean(x)) * rsqrt(var(x) + eps)  "layer"    over the D elements of a head
     xhat = x * rsqrt(mean(x^2) + eps)           "rms"
-    n = xhat * weight + bias                               what is None is left out
+    n = xhat * weight + bias                               a weight or bias of None is left out
     (a, b) -> (a cos - b sin, a sin + b cos)               columns 2i and 2i + 1 of n, video rows
     angle of pair i of an axis of width d: position * theta^(-2i / d)
 
@@ -10,14 +10,14 @@
     dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))    no mean(dxhat) for "rms"
 
 Shapes: projections [B, T, 3 * H * D], q | k | v, or three of [B, T, H * D]; results [B, H, T, D];
-positions [B or 1, T_video, A]. v is only moved.
+positions [B or 1, T_video, A]. v is only copied.
 
-Rows are of two *parts*: text first, not rotated, then video. The parts are two streams with weights
-of their own (joint attention), or the two ends of one sequence; both land in one result. A program
-owns ROWS tokens of one part and TILES heads. Its angles are made once, from positions and without
-tables, in fp64 turns; all of its heads share the cosines. Backward reads the projection again and
-repeats the statistics, so that nothing else is saved. Gradients of weights and biases are summed
-per program, then by PyTorch: no atomics.
+There are two *parts*: text, which comes first and is not rotated, and video. Parts are two streams
+with their own weights (joint attention), or two sections of one sequence; both are written to one
+result. A program owns ROWS tokens of one part and up to TILES heads. It computes the angles once
+from the positions, in fp64 turns and without tables; all its heads share the cosines. The backward
+recomputes the statistics from the projection, so that nothing else is saved. Gradients of
+weights and biases are summed per program, then by PyTorch: no atomics.
 
 RoPE 2104.09864 over the axes of a video; QK norm 2302.05442. Used by Pyramid Flow 2410.05954 (rms,
 joint), CogVideoX 2408.06072 (layer, one sequence), NOVA 2412.14169 (rotation alone).
@@ -92,7 +92,7 @@ def _angles(
     pair = tl.arange(0, BLOCK_D // 2)
     row = positions_ptr + batch.to(tl.int64) * strides[0] + offs_t.to(tl.int64) * strides[1]
     power = tl.zeros([BLOCK_D // 2], tl.float64)
-    if 2 * len(AXES) == HEAD_DIM:  # an axis for each pair: its positions are the angles
+    if 2 * len(AXES) == HEAD_DIM:  # one axis per pair: position is angle
         mask = (offs_t < n_tokens)[:, None] & (pair < len(AXES))[None, :]
         ptrs = row[:, None] + pair[None, :] * strides[2]
         position = tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
@@ -113,6 +113,7 @@ def _angles(
 @triton.jit
 def _rotate(x, cosine, sine):
     """(a, b) -> (a cos - b sin, a sin + b cos) for the columns 2i and 2i + 1 of x."""
+    # [ROWS, BLOCK_D / 2]
     a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
     return tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), x.shape)
 
@@ -135,7 +136,7 @@ def _norm_rotate_backward(
     dy, x, weight, dweight, dbias, cosine, sine, is_col, n_cols, eps,
     NORM: tl.constexpr, ROTATE: tl.constexpr, HAS_DWEIGHT: tl.constexpr, HAS_DBIAS: tl.constexpr,
 ):  # fmt: skip
-    """dx of a tile; adds to ``dweight`` and ``dbias``, which stay apart per row of the tile."""
+    """dx of a tile; adds to ``dweight`` and ``dbias``, [ROWS, BLOCK_D], summed over rows later."""
     dn = _rotate(dy, cosine, -sine) if ROTATE else dy
     if NORM is not None:
         xhat, rstd = normalize(x, is_col, n_cols, eps, NORM == "rms")  # pyright: ignore
@@ -172,6 +173,7 @@ def _fwd_part(
     k_bias = _load_vector(vector_ptrs[3], is_col, offs_d, ACC)
     for i in range(tl.minimum(TILES, n_heads - first_head)):
         head = first_head + i
+        # [ROWS, BLOCK_D]
         q = _load_tile(x_ptrs[0], x_strides[0], batch, head, offs_t, offs_d, mask, ACC)
         k = _load_tile(x_ptrs[1], x_strides[1], batch, head, offs_t, offs_d, mask, ACC)
         if len(x_ptrs) == 3:
@@ -214,6 +216,7 @@ def _bwd_part(
     dk_bias = tl.zeros([ROWS, BLOCK_D], ACC)
     for i in range(tl.minimum(TILES, n_heads - first_head)):
         head = first_head + i
+        # [ROWS, BLOCK_D]
         dq = _load_tile(dy_ptrs[0], dy_strides[0], batch, head, offs_t, offs_d, mask, ACC)
         dk = _load_tile(dy_ptrs[1], dy_strides[1], batch, head, offs_t, offs_d, mask, ACC)
         q, k = None, None
@@ -244,7 +247,8 @@ def _bwd_part(
 
 @triton.jit(do_not_specialize=SIZES)
 def _qk_norm_rope_fwd_kernel(
-    # per part: pointers (q, k and mostly v), their strides over (batch, head, token), weights
+    # per part: pointers to q, k and v (no v if it is returned as a view), their strides over
+    # (batch, head, token), weights
     text_x_ptrs, text_x_strides, text_vector_ptrs, text_y_ptrs, text_y_strides,
     x_ptrs, x_strides, vector_ptrs, y_ptrs, y_strides,
     positions_ptr, positions_strides, n_batch, n_heads, n_text, n_video,

@@ -1,9 +1,9 @@
-"""QK norm and rotation on a CPU: a chunk of tokens, all heads, stays in cache through every step.
+"""QK norm and rotation on a CPU, for a chunk of tokens with all heads, which stays in cache.
 
-A pair (a, b) of neighbouring columns is a complex number and its rotation one product. Arithmetic
-is in fp32, or fp64 for fp64, rounded once at the end.
+A pair (a, b) of neighbouring columns is a complex number, and its rotation one complex product.
+Arithmetic is in fp32 (fp64 for fp64), rounded once at the end. Formulas: `kernels.py`.
 
-The views that kernels and this file work on are made here too. A *part* is a run of rows that share
+This file also makes the views that the kernels work on. A *part* is a run of rows that share
 weights: ``[q, k, v]`` or ``[q, k]``, each [B, H, n, D].
 """
 
@@ -20,7 +20,7 @@ Vector = Tensor | None
 
 
 def thirds(projections: list[Tensor]) -> list[Tensor]:
-    """q, k and v from a fused projection; projections that are apart already stay so."""
+    """q, k and v from a fused projection; three separate projections are returned as they are."""
     return list(projections[0].chunk(3, dim=-1)) if len(projections) == 1 else projections
 
 
@@ -268,6 +268,6 @@ def _rotate(x: Tensor, turn: Tensor | None, out: Tensor) -> None:
 
 def _as_complex(x: Tensor) -> Tensor:
     if x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
-        # a copy, also of what lies dense but at an odd offset; never a result: those are even
+        # copies inputs, also contiguous ones at an odd offset; results always have even strides
         x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -1,6 +1,6 @@
 """`qk_norm_rope`: from the projection to normalised, rotated queries and keys of every head.
 
-The operator, its checks and the public function. `kernels.py` has the formulas and the kernels.
+The operator and its checks; `kernels.py` holds the formulas and the kernels.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _backward(ctx, gradients):
 
 
 def _with_zeros(gradients: list[Tensor | None]) -> list[Tensor]:
-    """Zeros in place of None, expanded from a single row in memory."""
+    """Replaces None by zeros, expanded from one row to save memory."""
     like = next(g for g in gradients if g is not None)
     return [
         like.new_zeros(like.shape[-1]).expand(like.shape) if g is None else g for g in gradients
@@ -111,7 +111,8 @@ def qk_norm_rope(
         positions: coordinates of the video tokens on every axis, fp32 or fp64; they get no
             gradient. None: no rotation.
         axes: how many columns of a head each axis turns: even, their sum is D. An axis of two
-            columns turns them by its position, in radians: D / 2 of them say any rotation.
+            columns rotates them by its position in radians, so D / 2 such axes can express any
+            rotation.
         text: a stream of its own, whose tokens come first in the results and are not rotated.
         text_length: the tokens at the front of a single stream that are not rotated.
         norm: "rms", "layer", or None; statistics in fp32 (fp64 for fp64).
