@@ -268,7 +268,7 @@ def _empty_upsample_renoise_fwd(x: Tensor, *args) -> Tensor:
 def _empty_upsample_renoise_bwd(
     dout: Tensor, needs_dx: bool, noise_dtype: torch.dtype | None, *args
 ) -> tuple[Tensor, Tensor]:
-    """dx and dnoise; one that is not needed has no elements."""
+    """dx and dnoise. An operator cannot return None: one not needed has no elements."""
     low = (*dout.shape[:3], dout.shape[3] // 2, dout.shape[4] // 2)
     dx = dout.new_empty(low if needs_dx else 0)
     return dx, dout.new_empty(0 if noise_dtype is None else dout.shape, dtype=noise_dtype)

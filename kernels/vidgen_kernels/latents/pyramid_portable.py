@@ -129,7 +129,7 @@ def block_noise(
 def _add_drawn(
     out: Tensor, base: Tensor, seed: Tensor, counter: int, noise_factor: float, mean_factor: float
 ) -> None:
-    """Fills ``out`` [N, H, W] with `upsample_renoise_fwd` of base = alpha x, z drawn."""
+    """Fills ``out`` [N, H, W] with ``nearest2(base)`` plus the noise of its blocks, z drawn."""
     n_planes, height, width = out.shape
     shape = (n_planes, height // 2, width // 2)
     z = [x.view(shape).to(base.dtype) for x in normals(int(seed), counter, out.numel() // 4)]

@@ -204,7 +204,7 @@ def _merge_dims(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[tuple, 
 def _empty_fwd(
     x, velocity, uncond, previous, noise, coefficients, is_update, return_x0
 ) -> tuple[Tensor, Tensor]:
-    """x' and x0; without ``return_x0`` x0 has no elements."""
+    """x' and x0. An operator cannot return None: without ``return_x0`` x0 has no elements."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x0 = torch.empty_like(x, dtype=dtype) if return_x0 else x.new_empty(0, dtype=dtype)
     return torch.empty_like(x), x0

@@ -139,7 +139,7 @@ def _empty_fwd(
     clean: Tensor, noise: Tensor, sigma: Tensor, start_sigma: float, end_sigma: float,
     return_endpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Without ``return_endpoints`` start and end have no elements."""
+    """An operator cannot return None: without ``return_endpoints`` start, end have no elements."""
     end = clean.shape if return_endpoints else (0,)
     pair = clean.new_empty(clean.shape), clean.new_empty(clean.shape)
     return *pair, clean.new_empty(end), clean.new_empty(end)
