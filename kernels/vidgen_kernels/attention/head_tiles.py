@@ -1,23 +1,25 @@
 """Tiles [rows, HEAD_DIM] of a head, as tuples of blocks of columns.
 
-All blocks are ``BLOCK_D`` wide but the last, of ``LAST_D``, the one that may be padded. Tensor
-cores take powers of two: 96 columns are blocks of 64 and 32, three quarters of the work of 128.
+All blocks are ``BLOCK_D`` wide, except the last, which is ``LAST_D`` wide and the only one that may
+be padded. Triton's products need powers of two: 96 columns are blocks of 64 and 32, which takes
+three quarters of the work of 128. Used by the kernels of `interval_attention.py`.
 """
 
 import triton
 import triton.language as tl
 
-MIN_BLOCK = 16  # columns that tensor cores take at least
+MIN_BLOCK = 16  # the least number of columns that tensor cores take
 
 
 def block_widths(head_dim: int, block_d: int) -> dict[str, int]:
-    """Of all blocks but the last, and of the last."""
+    """The constants ``BLOCK_D`` and ``LAST_D`` of the kernels."""
     n_last = (head_dim - 1) % block_d + 1
     return {"BLOCK_D": block_d, "LAST_D": max(MIN_BLOCK, 1 << (n_last - 1).bit_length())}
 
 
 @triton.jit
 def column_blocks(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LAST_D: tl.constexpr):
+    """The columns of every block: a tuple of [BLOCK_D], ..., [LAST_D]."""
     N_BLOCKS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
     blocks = ()
     for i in tl.static_range(N_BLOCKS):  # pyright: ignore
@@ -27,7 +29,7 @@ def column_blocks(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LAST_D: tl.cons
 
 @triton.jit
 def head_ptr(ptr, head, n_heads, stride):
-    """First token of a head; ``head`` counts over all batch rows."""
+    """Pointer to the first token of a head; ``head`` counts over all batch rows."""
     batch = (head // n_heads).to(tl.int64)
     return ptr + batch * stride[0] + (head % n_heads).to(tl.int64) * stride[1]
 
@@ -44,8 +46,10 @@ def tile_ptrs(ptr, head, n_heads, stride, offs_t, offs_d):
 
 @triton.jit
 def load_tile(ptrs, offset, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MASK: tl.constexpr):
-    """Tokens ``offs_t``, ``offset`` elements after ``ptrs``; zeros past ``HEAD_DIM`` and, with
-    ``MASK``, past ``n_tokens``."""
+    """The tile at ``ptrs + offset``, whose tokens are ``offs_t``.
+
+    Columns past ``HEAD_DIM`` are 0. So are tokens past ``n_tokens``, if ``MASK``.
+    """
     tile = ()
     for i in tl.static_range(len(offs_d)):  # pyright: ignore
         is_col = (offs_d[i] < HEAD_DIM)[None, :]
@@ -62,7 +66,7 @@ def load_tile(ptrs, offset, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr, MA
 
 @triton.jit
 def store_tile(ptrs, tile, scale, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constexpr):
-    """``scale`` times the tile, a number or one for each row [rows, 1]."""
+    """Stores ``scale`` times the tile; ``scale`` is a number or has one for each row, [rows, 1]."""
     for i in tl.static_range(len(offs_d)):  # pyright: ignore
         mask = (offs_t < n_tokens)[:, None] & (offs_d[i] < HEAD_DIM)[None, :]
         tl.store(ptrs[i], (tile[i] * scale).to(ptrs[i].dtype.element_ty), mask=mask)
@@ -70,6 +74,7 @@ def store_tile(ptrs, tile, scale, offs_t, n_tokens, offs_d, HEAD_DIM: tl.constex
 
 @triton.jit
 def zero_tile(ROWS: tl.constexpr, offs_d, ACC: tl.constexpr):
+    """Zeros [ROWS, HEAD_DIM]."""
     tile = ()
     for i in tl.static_range(len(offs_d)):  # pyright: ignore
         tile += (tl.zeros([ROWS, offs_d[i].shape[0]], ACC),)
@@ -78,7 +83,7 @@ def zero_tile(ROWS: tl.constexpr, offs_d, ACC: tl.constexpr):
 
 @triton.jit
 def scores(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T, [rows of a, rows of b]."""
+    """The product a b^T, [rows of a, rows of b]."""
     s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)  # pyright: ignore
     for i in tl.static_range(1, len(a)):  # pyright: ignore
         s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION, out_dtype=ACC)  # pyright: ignore
@@ -87,7 +92,7 @@ def scores(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(acc, p, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + p b, for p [rows of acc, rows of b], rounded to the dtype of b."""
+    """acc + p b; p [rows of acc, rows of b] is rounded to the dtype of b first."""
     total = ()
     for i in tl.static_range(len(acc)):  # pyright: ignore
         p_ = p.to(b[i].dtype)
@@ -98,7 +103,7 @@ def add_product(acc, p, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def scale_rows(tile, factor):
-    """``factor`` [rows]."""
+    """The tile times ``factor`` [rows]."""
     scaled = ()
     for i in tl.static_range(len(tile)):  # pyright: ignore
         scaled += (tile[i] * factor[:, None],)
@@ -107,7 +112,7 @@ def scale_rows(tile, factor):
 
 @triton.jit
 def sum_of_products(a, b, ACC: tl.constexpr):
-    """a_i . b_i of each row."""
+    """The dot product a_i . b_i of each row i, [rows]."""
     total = tl.sum(a[0].to(ACC) * b[0].to(ACC), 1)
     for i in tl.static_range(1, len(a)):  # pyright: ignore
         total += tl.sum(a[i].to(ACC) * b[i].to(ACC), 1)

@@ -1,11 +1,12 @@
 """The attention engine on a CPU: PyTorch's fused attention on chunks of query rows.
 
-Rows that see the same keys (a frame, a set) go through one call on just those keys, without a mask.
-Shorter runs are joined to chunks of at least `MIN_ROWS` rows, so that the products stay long; only
-such a ragged chunk builds a mask, [rows, keys]. Memory is O(MIN_ROWS x T), never T x T.
+Neighbouring rows that see the same keys (a frame, a set) go through one call on just those keys,
+without a mask. Shorter runs of rows are joined to chunks of at least `MIN_ROWS` rows, so that the
+products stay long. Only such a chunk needs a mask, [rows, keys]. Memory is O(MIN_ROWS x T), never
+T x T.
 
-The operators beneath `torch.nn.functional.scaled_dot_product_attention` are called because they
-return the lse, and a backward that is given it need not repeat the forward.
+This calls the operators beneath `torch.nn.functional.scaled_dot_product_attention`, which return
+the lse. Given the lse, the backward need not repeat the forward.
 """
 
 import itertools
@@ -41,8 +42,8 @@ def interval_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """``out`` like q and ``lse`` [B, H, Tq].
 
-    ``begin``, ``end`` are int32 [I, B or 1, Tq]; with ``order`` [B or 1, Tq] they are those of the
-    queries in that order, a chunk of which is selected at a time.
+    ``begin``, ``end`` are int32 [I, B or 1, Tq]. With ``order`` [B or 1, Tq] they belong to the
+    queries in that order, which are then selected one chunk at a time.
     """
     out = torch.empty_like(q) if order is None else empty_selected(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -72,7 +73,8 @@ def interval_attention_bwd(
     dq = torch.empty_like(q) if order is None else empty_selected(q)
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dk, dv = (torch.zeros_like(x, dtype=sum_dtype) for x in (k, v))
-    # With p = exp(s - lse) = 0 for a row that sees nothing: s is -inf there, lse any finite number.
+    # p = exp(s - lse) must be 0 for a row that sees nothing: s is -inf there, so lse may be any
+    # finite number, but not -inf.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     for chunk in _chunks(begin, end, q.dtype):
         do_, q_, out_, lse_ = (_get(x, chunk.rows, order) for x in (do, q, out, lse))
@@ -83,18 +85,18 @@ def interval_attention_bwd(
 
 
 def set_attention_fwd(q, k, v, order_q, order_k, begin, end, softmax_scale):
-    """`interval_attention_fwd` of the tokens in their orders, results in the order of q."""
+    """`interval_attention_fwd` of tokens sorted by their orders; results in the order of q."""
     k, v = select_tokens(k, order_k), select_tokens(v, order_k)
     return interval_attention_fwd(q, k, v, begin, end, softmax_scale, order_q)
 
 
 def set_attention_bwd(do, dlse, q, k, v, out, lse, order_q, order_k, begin, end, softmax_scale):
-    """`interval_attention_bwd` of the tokens in their orders, results in the order of q and k."""
+    """`interval_attention_bwd` of tokens sorted by their orders; results in those of q and k."""
     k, v = select_tokens(k, order_k), select_tokens(v, order_k)
     dq, dk, dv = interval_attention_bwd(
         do, dlse, q, k, v, out, lse, begin, end, softmax_scale, order_q
     )
-    del k, v  # room for the gradients in the order of the arguments
+    del k, v  # frees their memory for the gradients below
     back = order_k.argsort(dim=-1)
     dk = select_tokens(dk, back)
     return dq, dk, select_tokens(dv, back)
@@ -128,7 +130,7 @@ def _attend_backward(
     chunk: Chunk,
     softmax_scale: float,
 ) -> Tensor:
-    """``dq`` of the rows of a chunk; adds what they give to ``dk`` and ``dv``."""
+    """``dq`` of the rows of a chunk; adds their share of ``dk`` and ``dv`` to these."""
     if not chunk.keys or q.shape[1] == 0:
         return torch.zeros_like(q)
     k, v = (_take(x, chunk.keys) for x in (k, v))
@@ -181,12 +183,13 @@ def _head_groups(q: Tensor, k: Tensor) -> Iterator[slice]:
 
 
 def _join_groups(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """What `_head_groups` took apart, [B, H, ...]."""
+    """Joins the parts of `_head_groups` to [B, H, ...]."""
     return parts[0] if len(parts) == 1 else torch.stack(parts, dim=2).flatten(1, 2)
 
 
 def _chunks(begin: Tensor, end: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
-    """Covers all rows: each long run of rows that see the same, and the stretches between them."""
+    """Chunks that cover all rows: a long run of rows that see the same keys is one, the rows
+    between two such runs are one or more."""
     n_rows = begin.shape[-1]
     changes = ((begin.diff(dim=-1) != 0) | (end.diff(dim=-1) != 0)).flatten(0, 1).any(dim=0)
     edges = F.pad(changes.nonzero()[:, 0] + 1, (1, 1))
@@ -223,7 +226,7 @@ def _chunk(rows: slice, begin: Tensor, end: Tensor, dtype: torch.dtype) -> Chunk
         return Chunk(rows, keys, None)
     n_rows = begin.shape[-1]
     if bool((begin == begin[..., :1]).all() and (end == end[..., :1]).all()):
-        begin, end = begin[..., :1], end[..., :1]  # a long run: one row of mask for all of them
+        begin, end = begin[..., :1], end[..., :1]  # a long run: all rows share one row of mask
     key = torch.cat(
         [torch.arange(s.start, s.stop, dtype=begin.dtype, device=begin.device) for s in keys]
     )
@@ -241,7 +244,7 @@ def _take(x: Tensor, keys: list[slice]) -> Tensor:
 
 
 def _add(total: Tensor, part: Tensor, keys: list[slice]) -> None:
-    """Adds the gradient of the gathered ``keys`` back where they came from."""
+    """Adds the gradient of the gathered ``keys`` to the rows they came from."""
     sizes = [s.stop - s.start for s in keys]
     for s, piece in zip(keys, part.split(sizes, dim=2), strict=True):
         total[:, :, s] += piece

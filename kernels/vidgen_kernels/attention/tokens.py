@@ -1,7 +1,7 @@
 """Selecting tokens of ``[B, H, T, ...]`` tensors: whole rows of memory at once.
 
-PyTorch moves whole rows several times faster than it gathers element by element. The result lies in
-memory as the argument does, heads before tokens or tokens before heads.
+PyTorch moves whole rows several times faster than it gathers element by element. The result has the
+memory layout of the argument: heads before tokens, or tokens before heads.
 """
 
 import torch
@@ -33,7 +33,7 @@ def empty_selected(x: Tensor) -> Tensor:
 
 
 def _memory_rows(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` as rows of memory, and which of them ``order`` means."""
+    """``x`` as rows of memory, and the indices of the rows that ``order`` selects."""
     if _is_token_major(x):
         x = x.transpose(1, 2)  # [B, T, H, D]: a row is a token of all heads
         first = torch.arange(len(x), device=x.device)[:, None]

@@ -28,7 +28,7 @@ class RowConfig:
     """Row-wise kernels: a program owns ``rows * tiles`` rows, ``rows`` of them at a time."""
 
     rows: int  # rows per tile, [rows, BLOCK_D]
-    tiles: int  # tiles per program: what belongs to the columns is loaded, or summed, once
+    tiles: int  # tiles per program, which loads (or sums) vectors [D] once for all of them
     num_warps: int
 
     def kwargs(self) -> dict[str, int]:

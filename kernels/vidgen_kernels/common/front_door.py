@@ -1,4 +1,4 @@
-"""What public functions do with their arguments before an operator sees them."""
+"""Checks and conversions of arguments, which public functions make before calling an operator."""
 
 import math
 from typing import Any, overload
@@ -126,10 +126,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
-    """Default and sign: kernels scale after the maximum, so what is not positive goes into q.
+    """q and a positive scale for the kernels, whose product is that of the arguments.
 
-    So does what the kernels' fp32 rounds to 0: times a score of -inf, which stands for a key that
-    is not seen, it would give NaN.
+    Kernels take the maximum of the scores before they scale it, so a scale that is not positive is
+    multiplied into q. So is one that fp32 rounds to 0: times the score of an unseen key, -inf, it
+    would give NaN.
     """
     if softmax_scale is None:
         return q, q.shape[-1] ** -0.5
@@ -144,7 +145,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """An operator without a forward-mode formula would drop tangents in silence."""
+    """NotImplementedError for forward-mode derivatives: operators would silently drop them."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):

@@ -1,4 +1,4 @@
-"""What a launcher asks before a launch: device, precision, whether kernels are interpreted."""
+"""What launchers ask before a launch: architecture, precision, whether kernels are interpreted."""
 
 import torch
 import triton.language as tl
@@ -12,12 +12,12 @@ def is_interpreted() -> bool:
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Sums are kept in fp32, in fp64 for fp64 inputs."""
+    """The dtype of sums: fp32, or fp64 for fp64 inputs."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """An fp32 product takes three TF32 ones, unless torch is allowed plain TF32.
+    """An fp32 product is made of three TF32 products, unless torch is allowed to use plain TF32.
 
     `fp32_precision` follows all ways to say so; `allow_tf32` may not be read after some of them.
     """

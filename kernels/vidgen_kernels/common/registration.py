@@ -1,4 +1,4 @@
-"""From launchers to operators that autograd, torch.compile and fake tensors know."""
+"""Registers launchers as PyTorch operators, for autograd, torch.compile and fake tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -11,8 +11,8 @@ from torch._ops import OpOverload
 
 from .launch import is_interpreted
 
-# Neither `torch.library.custom_op` nor `register_autograd`: what they check and flatten at every
-# call takes longer than a small step.
+# `torch.library.custom_op` and `register_autograd` are not used: their checks at every call take
+# longer than a small kernel.
 LIBRARY = torch.library.Library("vidgen", "FRAGMENT")
 
 _NO_LIST = -1
@@ -32,15 +32,17 @@ class Op:
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
     ) -> None:
-        """As `torch.library.register_autograd`: ``needs_input_grad`` and what ``backward`` returns
-        hold a list where the operator takes one; it gets one list where the operator returns one.
+        """As `torch.library.register_autograd`, also for operators with lists of tensors.
+
+        Where the operator takes a list, ``needs_input_grad`` and the gradients that ``backward``
+        returns hold a list. If it returns a list, ``backward`` gets one list of gradients.
         """
         returns_list = str(self.overload._schema.returns[0].type) == "List[Tensor]"
 
         def forward(ctx, keyset, lengths, *flat):
             args = _nest(flat, lengths)
             if torch._C._are_functorch_transforms_active():
-                with torch.enable_grad():  # for the transforms around this one
+                with torch.enable_grad():  # the outer transforms record it
                     results = self._below_autograd(keyset, args)
             else:
                 results = self._below_autograd(keyset, args)
@@ -57,8 +59,8 @@ class Op:
         name = self.name.split("::")[1]
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
         function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
-        # torch.func reaches operators level by level, as it does PyTorch's own; `Function.apply`
-        # takes all levels at once.
+        # torch.func calls an operator once for each of its levels, as it does PyTorch's own;
+        # `Function.apply` would handle all levels at once.
         apply_at_this_level = super(torch.autograd.Function, function).apply  # pyright: ignore
 
         def on_autograd(keyset, *args):
@@ -76,7 +78,8 @@ class Op:
         LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
 
     def _below_autograd(self, keyset, args):
-        # Nor are views tracked below: a result that was made as one could not be written in place.
+        # Views are not tracked below either: autograd forbids writing in place to a view that an
+        # operator returned.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -146,7 +149,7 @@ def refuse_double_backward(backward_op: Op) -> None:
 
 
 def _flatten(args: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-    """The elements of lists in place of these; None stands for a list of None."""
+    """Lists replaced by their elements; a list may be None, for a list of None."""
     flat = []
     for x, n in zip(args, lengths, strict=True):
         if n == _NO_LIST:
