@@ -1,4 +1,6 @@
-"""What every operator means, in plain PyTorch: exact in fp64, differentiable, T x T. For tests.
+"""Definitions of all operators in plain PyTorch, to test the kernels against.
+
+They are exact in fp64 and differentiable. Attention builds the whole [Tq, Tk] matrix.
 
 Masks are bool ``[B or 1, Tq, Tk]``, True where the query sees the key.
 Legend: B batch, H heads, Tq queries, Tk keys, D head dim, N blocks.
@@ -18,7 +20,7 @@ def block_causal_mask(
     window: int | None = None,
     sink_blocks: int = 0,
 ) -> Tensor:
-    """Token of block i sees block j iff ``j <= i and (j > i - window or j < sink_blocks)``."""
+    """A token of block i sees block j iff ``j <= i and (j > i - window or j < sink_blocks)``."""
     j = _block_of_token(block_lengths)
     i = j[:, None]
     seen = (j <= i) & _in_reach(i, j, window, sink_blocks)
@@ -43,7 +45,7 @@ def teacher_forcing_mask(
 
 
 def full_mask(q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Tensor:
-    """Sequence by sequence: query i sees key j iff they belong to the same one."""
+    """Query i sees key j iff both belong to the same sequence."""
     return (_block_of_token(q_lengths)[:, None] == _block_of_token(k_lengths))[None]
 
 
@@ -54,7 +56,7 @@ def rank_mask(rank_q: Tensor, rank_k: Tensor | None = None) -> Tensor:
 
 
 def pack_masks(masks: Sequence[Tensor]) -> Tensor:
-    """Sequences one after another, each under its own mask, unseen by the others."""
+    """Block-diagonal: sequences one after another, each under its own mask."""
     n_batch = max(len(m) for m in masks)
     rows = [torch.block_diag(*(m[b % len(m)] for m in masks)) for b in range(n_batch)]
     return torch.stack(rows).bool()
@@ -63,9 +65,9 @@ def pack_masks(masks: Sequence[Tensor]) -> Tensor:
 def pad_text_mask(
     mask: Tensor, text_length: int, valid_lengths: Sequence[int], text_queries: bool
 ) -> Tensor:
-    """In batch row b, nobody sees the keys ``valid_lengths[b] <= j < text_length``.
+    """In batch row b, no query sees the keys ``valid_lengths[b] <= j < text_length``.
 
-    With ``text_queries`` the same tokens are queries too, and see nothing.
+    With ``text_queries`` the same tokens are queries too and see nothing.
     """
     valid = torch.tensor(valid_lengths).reshape(-1, 1)
 
@@ -87,13 +89,14 @@ def attention(
     """``out = softmax(softmax_scale * q k^T) v`` over the seen keys, and its log-sum-exp.
 
     A row that sees nothing gives 0, lse -inf and no gradient. Products and ``out`` are in the dtype
-    of q, softmax and lse in fp32 or wider, as a good eager implementation has them.
+    of q, softmax and lse in fp32 or wider, as in a good eager implementation.
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     seen = dense_mask[:, None]
     is_empty = ~seen.any(dim=-1, keepdim=True)
     s = _scores(q, k, softmax_scale)
-    # -inf hides a key; an empty row gets zeros, so that nothing becomes NaN, and is cut below
+    # -inf hides a key. A row that sees nothing would be all -inf, and its softmax NaN. It gets 0
+    # instead, and its results are replaced below.
     s = s.masked_fill(~seen, float("-inf")).masked_fill(is_empty, 0.0)
     p = s.softmax(dim=-1).masked_fill(is_empty, 0.0)
     lse = s.logsumexp(dim=-1).masked_fill(is_empty[..., 0], float("-inf"))
@@ -115,7 +118,7 @@ def attention_gradients(
 
     ``p = exp(s - lse)``, ``ds = p (do v^T - do . out + dlse)``,
     ``dq = scale ds k``, ``dk = scale ds^T q``, ``dv = p^T do``.
-    Autograd of `attention` is the definition; this says what the dtype allows.
+    Autograd of `attention` defines the gradients. The error of these shows what the dtype allows.
     """
     n_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -141,7 +144,10 @@ def qk_norm_rope(
     eps: float = 1e-6,
     theta: float = 10000.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm per head, then rotation of column pairs; text rows first, not rotated; [B, H, T, D]."""
+    """q, k, v [B, H, T, D]: q and k are normalized per head, then rotated in pairs of columns.
+
+    Text rows come first and are not rotated.
+    """
     parts = []
     for s in (stream,) if text is None else (text, stream):
         fused = isinstance(s.projections, Tensor)
@@ -179,7 +185,7 @@ def post_norm_residual(
 def post_norm_adaln(
     x: Tensor, f: Tensor, *, scale: Tensor, shift: Tensor, next_eps: float = 1e-6, **options
 ) -> tuple[Tensor, Tensor]:
-    """`post_norm_residual` with the ``options``; its norm, times ``1 + scale``, plus ``shift``."""
+    """``out = post_norm_residual(x, f, **options)``, ``norm(out) * (1 + scale) + shift``."""
     out = post_norm_residual(x, f, **options)
     return residual_norm(out, scale=scale, shift=shift, eps=next_eps)
 
@@ -187,7 +193,7 @@ def post_norm_adaln(
 def _normed(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, eps: float
 ) -> Tensor:
-    """Over the last dim, in the dtype of ``x``."""
+    """``norm(x) * weight + bias`` over the last dim, in the dtype of ``x``; norm None: x alone."""
     if norm is None:
         return x
     x = x - x.mean(dim=-1, keepdim=True) if norm == "layer" else x
@@ -199,7 +205,10 @@ def _normed(
 def _rotated(
     x: Tensor, positions: Tensor, axes: Sequence[int], theta: float, n_text: int
 ) -> Tensor:
-    """``(a, b) -> (a cos - b sin, a sin + b cos)`` of columns 2i and 2i + 1, but for text rows."""
+    """``(a, b) -> (a cos - b sin, a sin + b cos)`` for columns a = 2i, b = 2i + 1.
+
+    The first ``n_text`` rows stay as they are.
+    """
     angles = torch.cat(
         [
             positions[..., i, None].double() * theta ** (-torch.arange(0, d, 2).double() / d)
@@ -223,7 +232,7 @@ def euler_step(
     uncond: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """``x + step * v``; x' is rounded to the dtype of x."""
+    """``x + step * v``, rounded to the dtype of x; v is the guided velocity (`_guided`)."""
     return (_wide(x) + step * _guided(velocity, uncond, guidance)).to(x.dtype)
 
 
@@ -237,7 +246,10 @@ def ddim_step(
     uncond: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
-    """``k x + (A+ - k A) x0``."""
+    """``k x + (A' - k A) x0``, with ``k = sqrt((1 - A'^2) / (1 - A^2))``.
+
+    A is ``sqrt_alpha``, A' is ``sqrt_alpha_next`` and x0 the predicted clean sample.
+    """
     v = _guided(velocity, uncond, guidance)
     x0 = _clean(x, v, sqrt_alpha if denoiser_sqrt_alpha is None else denoiser_sqrt_alpha)
     k = math.sqrt((1 - sqrt_alpha_next**2) / (1 - sqrt_alpha**2))
@@ -257,7 +269,12 @@ def dpm_step(
     uncond: Tensor | None = None,
     guidance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``c1 x + c2 [x0 + (x0 - previous) / (2 r)] + c3 noise`` and ``x0``; the last step is x0."""
+    """``c1 x + c2 [x0 + (x0 - previous) / (2 r)] + c3 noise``, and ``x0``.
+
+    With ``lam = log(A / sqrt(1 - A^2))`` of each sqrt_alpha A: ``h = lam_next - lam`` and
+    ``r = (lam - lam_previous) / h``. Without noise, or if ``sqrt_alpha_next`` is 1 (the last step),
+    both results are x0, the first in the dtype of x.
+    """
     v = _guided(velocity, uncond, guidance)
     x0 = _clean(x, v, sqrt_alpha if denoiser_sqrt_alpha is None else denoiser_sqrt_alpha)
     if noise is None or sqrt_alpha_next == 1:
@@ -281,18 +298,19 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _guided(velocity: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+    """Classifier-free guidance: ``uncond + guidance * (velocity - uncond)``."""
     if uncond is None:
         return _wide(velocity)
     return _wide(uncond) + guidance * (_wide(velocity) - _wide(uncond))
 
 
 def _clean(x: Tensor, v: Tensor, sqrt_alpha: float) -> Tensor:
-    """The clean prediction of a v-prediction."""
+    """The clean sample x0 that the v-prediction ``v`` implies."""
     return sqrt_alpha * _wide(x) - math.sqrt(1 - sqrt_alpha**2) * v
 
 
 def downsample(x: Tensor, *, noise: bool = False) -> Tensor:
-    """Bilinear, without antialiasing, to half the resolution; times 2 for noise."""
+    """Bilinear resize to half the resolution, without antialiasing; times 2 for noise."""
     size = (x.shape[3] // 2, x.shape[4] // 2)
     y = F.interpolate(x.flatten(0, 2)[:, None], size, mode="bilinear", align_corners=False)
     return y.reshape(*x.shape[:3], *size) * (2 if noise else 1)
@@ -307,7 +325,10 @@ def upsample_renoise(
     noise: Tensor | None = None,
     block_noise: Tensor | None = None,
 ) -> Tensor:
-    """``alpha nearest2(x) + beta eta``; eta from white noise has covariance -gamma in a block."""
+    """``alpha nearest2(x) + beta eta``; eta is ``block_noise`` or made from white ``noise``.
+
+    Made from noise, two values of eta in a 2 x 2 block have covariance -gamma.
+    """
     if noise is not None:
         mean = _repeated(_mean4(noise))
         zero_sum = noise - mean
@@ -325,7 +346,7 @@ def training_pair(
     *,
     return_endpoints: bool = False,
 ) -> tuple[Tensor, ...]:
-    """input, target and, on request, start and end of one stage."""
+    """Input and target of a training step and, on request, start and end of the stage."""
     start = start_sigma * noise
     if start_sigma != 1:
         start = start + (1 - start_sigma) * _repeated(_mean4(clean))
@@ -341,7 +362,7 @@ def _mean4(x: Tensor) -> Tensor:
 
 
 def _repeated(x: Tensor) -> Tensor:
-    """Each value over a 2 x 2 block."""
+    """Repeats each value of the last two dims over a 2 x 2 block."""
     return x.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
 
 
@@ -359,7 +380,7 @@ def residual_norm(
     norm: str = "layer",
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """``h = x + gate * f`` and ``a = norm(h) * weight + bias``, then ``* (1 + scale) + shift``."""
+    """``h = x + gate * f`` and ``a = (norm(h) * weight + bias) * (1 + scale) + shift``."""
     gate, scale, shift = (
         _of_every_token(v, of_text, x, text_length)
         for v, of_text in zip((gate, scale, shift), text or (None,) * 3, strict=True)
@@ -388,7 +409,10 @@ def mix(
     keep_sum: bool = True,
     sum_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """``total += y``, ``h = gate * total / n + (1 - gate) * y``; without total, older is summed."""
+    """``total += y``, ``h = gate * total / n + (1 - gate) * y``; both results as ``(h, total)``.
+
+    If total is None, it starts as the sum of ``older``.
+    """
     if n == 1:
         return y, y if keep_sum else None
     total = sum(older[1:], start=older[0]) if total is None else total
@@ -412,7 +436,7 @@ def segment(
     text_length: int = 0,
     **norm,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """h, a, total, y: the gated residual, `mix` of y, and the norm and modulation of its h."""
+    """``y = x + gate * f``, then h and total from `mix` of y, then a = norm and modulation of h."""
     of_gate = None if text is None else (text[0], None, None)
     y, _ = residual_norm(x, f, gate=gate, text=of_gate, text_length=text_length)
     sums = {"older": older, "keep_sum": keep_sum, "sum_dtype": sum_dtype}
@@ -425,7 +449,7 @@ def segment(
 def _of_every_token(
     vector: Tensor | None, of_text: Tensor | None, x: Tensor, text_length: int
 ) -> Tensor | None:
-    """[B, T, D] of vectors [D], [B, D], [B, 1, D] or per token."""
+    """Expands vectors [D], [B, D], [B, 1, D] or [B, T, D] to [B, T, D], text tokens first."""
     if vector is None:
         return None
     parts = [

@@ -1,8 +1,8 @@
-"""Random masks and tensors, the one rule by which results are compared with definitions, and
-functions of the package exchanged for a while.
+"""Helpers of tests: random masks and tensors, comparison with `reference`, patching a function.
 
-A mask is first a *recipe*: a constructor and its arguments, nested. `build_mask` makes the
-`IntervalMask` of it, `dense_mask` what `reference` says it means.
+Random masks are drawn as *recipes*: the name of a constructor and its arguments, which may be
+recipes again. `build_mask` turns a recipe into an `IntervalMask`, `dense_mask` into the dense mask
+that `reference` defines for it.
 """
 
 import random
@@ -20,9 +20,9 @@ from .attention.intervals import IntervalMask
 from .attention.mask_inputs import BlockLengths
 from .attention.runs import MAX_INTERVALS
 
-EXACT = 1e-12  # what summing in another order may cost in fp64
+EXACT = 1e-12  # largest error in fp64, where sums may be in another order
 
-Recipe = tuple[str, dict[str, Any]]  # constructor of IntervalMask, its arguments
+Recipe = tuple[str, dict[str, Any]]  # name of a constructor of IntervalMask, its arguments
 
 
 class Layout(NamedTuple):
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 def random_layout(
     rng: random.Random, max_tokens: int, device: str = "cpu", as_tensors: bool = False
 ) -> Layout:
-    """A mask of any kind that three intervals can say, at most ``max_tokens`` on each side."""
+    """A random mask that fits in three intervals, at most ``max_tokens`` queries and keys."""
     while True:
         recipe = random_recipe(rng, max_tokens)
         dense = dense_mask(recipe)
@@ -78,7 +78,7 @@ def _random_recipe(rng: random.Random, max_tokens: int, n_batch: int, depth: int
 
 
 def build_mask(recipe: Recipe, device: str = "cpu", as_tensors: bool = False) -> IntervalMask:
-    """The `IntervalMask` of a recipe, from ints or from tensors that already are on the device."""
+    """The `IntervalMask` of a recipe, built from ints or from tensors on ``device``."""
 
     def lengths(x: list[int]) -> BlockLengths:
         return torch.tensor(x, dtype=torch.int64, device=device) if as_tensors else x
@@ -96,14 +96,14 @@ def build_mask(recipe: Recipe, device: str = "cpu", as_tensors: bool = False) ->
         )
         return IntervalMask.from_ranks(*ranks)  # pyright: ignore[reportArgumentType]
     if kind == "full" and args["q_lengths"] == args["k_lengths"]:
-        both = lengths(args["q_lengths"])  # one and the same tensor says self-attention
+        both = lengths(args["q_lengths"])  # the same object: self-attention
         return IntervalMask.full(both, both, device=device)
     args = {name: lengths(x) if name.endswith("lengths") else x for name, x in args.items()}
     return getattr(IntervalMask, kind)(**args, device=device)
 
 
 def dense_mask(recipe: Recipe) -> Tensor:
-    """What a recipe means, bool ``[B or 1, Tq, Tk]``."""
+    """The mask of a recipe as `reference` defines it, bool ``[B or 1, Tq, Tk]``."""
     kind, args = recipe
     if kind == "pack":
         return reference.pack_masks([dense_mask(m) for m in args["masks"]])
@@ -120,7 +120,7 @@ def dense_mask(recipe: Recipe) -> Tensor:
 
 
 def intervals_needed(dense: Tensor) -> int:
-    """The most runs of True in a row or a column."""
+    """The largest number of runs of True in any row or column."""
 
     def runs(x: Tensor) -> int:
         starts = torch.nn.functional.pad(x.int(), (1, 0)).diff(dim=-1) > 0
@@ -137,7 +137,7 @@ def random_qkv(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal q, k, v for a dense mask, on its device; fp64 values that ``dtype`` can represent."""
+    """Normally distributed q, k, v in ``dtype`` for a dense mask, on its device."""
     n_batch, n_queries, n_keys = dense.shape
     rng = torch.Generator().manual_seed(seed)
     shapes = [(n_batch, n_heads, n_queries, head_dim)] + [
@@ -158,7 +158,7 @@ def check_attention(
 ) -> None:
     """Asserts that ``attend(q, k, v) -> (out, lse)`` is `reference.attention`, gradients included.
 
-    ``use``: which outputs the loss reads.
+    ``use`` names the outputs that the loss depends on.
     """
     q, k, v = qkv
     rng = torch.Generator().manual_seed(1)
@@ -194,16 +194,16 @@ def check_attention(
 def check_op(call: Callable[..., Any], define: Callable[..., Any], inputs: dict[str, Any]) -> None:
     """Asserts that ``call(**inputs)`` is ``define(**inputs)`` in fp64, gradients included.
 
-    Both return a tensor or a tuple of tensors (None where there is nothing). Gradients are those of
-    all outputs together, with respect to every input tensor, also in tuples and lists, that
-    requires grad.
+    Both return a tensor or a tuple of tensors and None. The gradients are those of a random
+    weighted sum of all outputs, for every input tensor, also in tuples and lists, that requires
+    grad.
     """
     expected = _with_gradients(define, inputs, torch.float64)
     same_dtype = _with_gradients(define, inputs, None)
     actual = _with_gradients(call, inputs, None)
     assert actual.keys() == expected.keys()
     for name, x in actual.items():
-        plain = same_dtype[name].to(x.dtype)  # eager code may promote where an operator rounds
+        plain = same_dtype[name].to(x.dtype)  # eager code may return a wider dtype
         assert_close(name, x, expected[name], plain)
 
 
@@ -239,11 +239,11 @@ def _with_gradients(
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, *same_dtype: Tensor) -> None:
-    """fp64: error at most 1e-12. Else at most twice PyTorch's in the same dtype, and one rounding.
+    """Asserts an error of at most 1e-12 in fp64, else twice that of PyTorch plus one rounding.
 
     Args:
         expected: the fp64 result.
-        same_dtype: what PyTorch computes in the dtype of the inputs; the worst one counts.
+        same_dtype: results of PyTorch in the dtype of the inputs; the largest error counts.
     """
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
     assert actual.dtype == same_dtype[0].dtype, f"{name}: {actual.dtype}, not {same_dtype[0].dtype}"
@@ -268,7 +268,7 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 def _fused_by_pytorch(
     q: Tensor, k: Tensor, v: Tensor, dense: Tensor, softmax_scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own fused attention: some of its kernels have an exp that is less than exact."""
+    """PyTorch's fused attention. Some of its kernels approximate exp."""
     is_empty = ~dense.any(dim=-1, keepdim=True)[:, None]
     seen = dense[:, None] | is_empty
     out = torch.nn.functional.scaled_dot_product_attention(
@@ -279,7 +279,7 @@ def _fused_by_pytorch(
 
 
 def _random_lengths(rng: random.Random, max_tokens: int, n_blocks: int | None = None) -> list[int]:
-    """Block lengths, zeros among them, whose sum is at most ``max_tokens`` and often 0 or 1."""
+    """Block lengths, some of them 0. Their sum is at most ``max_tokens``, often that or 1."""
     n_tokens = rng.choice([rng.randint(0, max_tokens), max_tokens, min(1, max_tokens)])
     n_blocks = rng.randint(0, 6) if n_blocks is None else n_blocks
     if n_blocks == 0:
@@ -293,14 +293,14 @@ def _random_window(rng: random.Random) -> dict[str, Any]:
 
 
 def _random_ranks(rng: random.Random, max_tokens: int, n_batch: int) -> list:
-    """Sorted, negative ones too: ``[T]`` or ``[B, T]``."""
+    """Sorted ranks, some negative, ``[T]`` or ``[B, T]``."""
     n_tokens = rng.choice([rng.randint(0, max_tokens), max_tokens])
     rows = [sorted(rng.randint(-2, 5) for _ in range(n_tokens)) for _ in range(n_batch)]
     return rng.choice([rows, rows[0]])
 
 
 def _has_text_queries(recipe: Recipe) -> bool:
-    """True where block 0 is among the queries, so that padded text tokens are queries as well."""
+    """Whether block 0 is among the queries, so that padded text tokens are queries as well."""
     kind, args = recipe
     if kind == "block_causal":
         blocks = args.get("query_blocks") or range(len(args["block_lengths"]))
@@ -315,7 +315,7 @@ def _has_text_queries(recipe: Recipe) -> bool:
 
 
 def _text_limit(recipe: Recipe) -> int:
-    """The longest text: the keys of the first sequence, and as many as its queries in a pack."""
+    """The longest text: all keys; in a pack, at most the first mask's keys and its queries."""
     kind, args = recipe
     if kind != "pack":
         return dense_mask(recipe).shape[2]
@@ -325,7 +325,7 @@ def _text_limit(recipe: Recipe) -> int:
 
 @contextmanager
 def replaced(function: Callable, by: Callable) -> Iterator[None]:
-    """``by`` for ``function`` in every module of the package that has imported it."""
+    """Replaces ``function`` by ``by`` in every module of the package that has imported it."""
     with ExitStack() as stack:
         for module in [m for n, m in sys.modules.items() if n.startswith("vidgen_kernels.")]:
             if getattr(module, function.__name__, None) is function:

@@ -1,8 +1,8 @@
 """Tiles, warps and pipeline stages of the attention kernels, as data.
 
-No GPU was at hand yet: these are the configurations with the best machine code, no local memory in
-the main loop (tests/aot/attention_table.md) and, on sm_80, the loop that keeps the tensor cores
-busiest (bench/results/a100/static.md). `make gpu STAGE=tune` measures.
+They were chosen from the compiled machine code, not from measurements on a GPU: no local memory in
+the main loop (tests/aot/attention_table.md) and, on sm_80, the main loop that keeps the tensor
+cores busiest (bench/results/a100/static.md). `make gpu STAGE=tune` measures candidates.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class LaunchConfig:
     block_d: int = 256  # columns per block of a head's tile (`head_tiles`)
 
     def kwargs(self) -> dict[str, int]:
-        """All but block_d, which goes with the head dim."""
+        """Keyword arguments of a launch, without block_d: see `head_tiles.block_widths`."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -31,11 +31,12 @@ class LaunchConfig:
 
 
 C = LaunchConfig
-# small tiles and blocks: short sequences and heads still have several
+# Small, so that the short sequences and small heads of tests have several tiles and blocks.
 INTERPRETER = C(16, 16, num_warps=4, num_stages=1, block_d=64)
 
 # {(kernel, bits of the dtype): {largest head dim: {oldest architecture: configuration}}}
-# Head dims up to 96 are blocks of 64 and 32 columns; two of 64 keep more of 128 in registers.
+# block_d = 64 splits a head dim of 96 into 64 + 32 columns, which avoids padding to 128. It splits
+# 128 into 64 + 64, which keeps more in registers.
 INTERVAL_ATTENTION = {
     ("fwd", 16): {
         32: {80: C(128, 64, 4, 3)},

@@ -1,9 +1,10 @@
 """`IntervalMask`: which query sees which key, as intervals of positions.
 
 The masks of video models are made of blocks: runs of consecutive tokens that see the same keys (a
-frame, a chunk of frames, text and frame 0, a set of tokens of equal rank). A mask says, for every
-block, which intervals of keys it sees, and the transpose, which intervals of queries see it; either
-are at most three. Forward and dQ read the first, dK/dV reads the second.
+frame, a chunk of frames, text and frame 0, a set of tokens of equal rank). A mask holds two tables:
+for every block of queries the intervals of keys that it sees, and for every block of keys the
+intervals of queries that see it. A block has at most three intervals in each. Forward and dQ read
+the first table, dK/dV reads the second.
 
 Masks are built per block with PyTorch alone. `IntervalMask.intervals` expands them to the form that
 the kernels read, one entry per token (`TokenIntervals`). `mask_inputs.py` checks the arguments,
@@ -64,10 +65,10 @@ class IntervalMask:
 
     queries: Runs
     keys: Runs
-    n_queries: int | None  # None if the lengths are on a GPU, from which nothing is read back
+    n_queries: int | None  # None if the lengths are on a GPU: they are not read back
     n_keys: int | None
-    text_queries: bool  # the first query tokens are the first key tokens
-    parts: tuple[IntervalMask, ...] = ()  # the masks that `pack` joined, to run them one by one
+    text_queries: bool  # whether the first query tokens are the first key tokens
+    parts: tuple[IntervalMask, ...] = ()  # the masks that `pack` joined; they can run one by one
     _per_token: dict[tuple[int, int], TokenIntervals] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -87,7 +88,8 @@ class IntervalMask:
             query_blocks: only these blocks are queries (a KV-cache step); keys are all blocks.
             window: how many blocks a block sees, itself included.
             sink_blocks: this many first blocks are seen by all later ones, whatever the window.
-            device: of the mask, if the lengths are ints; default CPU. Tensors stay where they are.
+            device: where the mask lies; default CPU, or the device of the lengths if these are a
+                tensor.
 
         Raises:
             ValueError: lengths other than integers of 0 or more, a window below 1, a negative
@@ -109,13 +111,13 @@ class IntervalMask:
         first_noisy: int = 0,
         device: Device = None,
     ) -> IntervalMask:
-        """``[clean | noisy]`` copies of the blocks, as CausVid and Self-Forcing train.
+        """``[clean | noisy]`` copies of the blocks, for training as in CausVid and Self-Forcing.
 
         Clean block i sees clean blocks as in `block_causal`. Noisy block i sees itself and the
         clean blocks before i, within the same window and sinks.
 
         Args:
-            first_noisy: blocks before this one are conditions, which have no noisy copy.
+            first_noisy: blocks before this one are conditions and have no noisy copy.
 
         Other arguments and errors: see `block_causal`.
         """
@@ -133,7 +135,7 @@ class IntervalMask:
 
         Args:
             q_lengths, k_lengths: tokens per sequence, ints or int tensors ``[N]``. If they are
-                equal (on a GPU: one object), `pad_text` takes queries and keys to be the same
+                equal (on a GPU: the same object), `pad_text` treats queries and keys as the same
                 tokens.
 
         Raises:
@@ -166,7 +168,7 @@ class IntervalMask:
                 f"rank_k: expected device {q.device} and batch {len(q)} as rank_q has, or batch 1, "
                 f"got device {k.device} and batch {len(k)}"
             )
-        if is_self and len(q) == 1 and on_host(q):  # equal ranks are a block
+        if is_self and len(q) == 1 and on_host(q):  # tokens of equal rank form a block
             ranks, lengths = q[0].unique_consecutive(return_counts=True)
             require_sorted("rank_q", ranks[None])
             return cls.block_causal(lengths)
@@ -206,11 +208,11 @@ class IntervalMask:
     def pad_text(
         cls, mask: IntervalMask, text_length: int, valid_lengths: BlockLengths
     ) -> IntervalMask:
-        """``mask`` without the padding of the text: text tokens past each row's valid length.
+        """``mask`` that hides padded text tokens: those past the valid length of each batch row.
 
         The first ``text_length`` keys are text, valid tokens first. No query sees a padded key. If
         block 0 is among the queries, text tokens are queries too; padded ones see nothing, and
-        their output is 0. As with any mask, values of unseen keys must still be finite.
+        their output is 0. As with any mask, unseen keys and values must still be finite.
 
         Args:
             valid_lengths: valid text tokens per batch row, ints or an int tensor ``[B]``.
@@ -245,7 +247,7 @@ class IntervalMask:
         return cls(queries, keys, mask.n_queries, mask.n_keys, mask.text_queries)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and files hold the runs alone; the per-token form is computed again."""
+        """Copies and files leave out the per-token form, which is computed again when needed."""
         return {**self.__dict__, "_per_token": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -261,7 +263,7 @@ class IntervalMask:
         return max(self.queries.batch_size, self.keys.batch_size)
 
     def to(self, device: torch.device | str) -> IntervalMask:
-        """A copy on another device. It is made anew at every call, so keep it."""
+        """A copy on another device. Every call makes a new one, so keep it."""
         device = resolve_device(device)
         if device == self.device:
             return self
@@ -343,7 +345,11 @@ def _build(
     rules: tuple,
     device: Device,
 ) -> IntervalMask:
-    """``builder(*edges, *rules)``: on the host for ints, on their device for tensors."""
+    """Returns ``builder(*edges, *rules)``, where edges are those of ``lengths`` (`block_edges`).
+
+    For ints the mask is built on the CPU, cached and copied to ``device``. For tensors it is built
+    on their device.
+    """
     tensors = [x for x in lengths.values() if isinstance(x, Tensor)]
     default = tensors[0].device if tensors else "cpu"
     device = resolve_device(default if device is None else device)
@@ -432,7 +438,7 @@ def _past_blocks(
 
 
 def _last_query_block(j: Tensor, n_blocks: int, window: int | None, sink_blocks: int) -> Tensor:
-    """One past the last block that sees key block j."""
+    """One past the last query block that sees key block j."""
     if window is None:
         return torch.full_like(j, n_blocks)
     return torch.where(j < sink_blocks, n_blocks, j + window).clamp(max=n_blocks)

@@ -1,8 +1,8 @@
 """Checks of the arguments that masks are built from: block lengths, windows, ranks, devices.
 
 `intervals.py` calls these before it builds a mask. They raise ValueError with the name of the
-argument, and most return the argument in the one form that the rest of the code works with. No
-check waits for a GPU: where values live on one, a wrong value fails an assertion there (`require`).
+argument, and most return the argument in the form that the rest of the code expects. No check waits
+for a GPU: if the values are on one, a wrong value fails an assertion there (`require`).
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ Device = torch.device | str | None
 
 
 def on_host(x: Tensor) -> bool:
-    """True where reading the values of ``x`` costs nothing."""
+    """Whether the values of ``x`` can be read: it is on a CPU and not traced."""
     return x.device.type == "cpu" and not is_traced()
 
 
 def require(condition: Tensor, message: str) -> None:
-    """ValueError if reading the condition costs nothing, else an assertion on its device."""
+    """ValueError if a condition on the host is false; elsewhere an assertion on its device."""
     if not on_host(condition):
         torch._assert_async(condition, message)
     elif not condition:
@@ -33,7 +33,7 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """``cuda`` with the index of the current GPU: a mask that is kept must say where it lies."""
+    """Adds the index of the current GPU to ``cuda``: a mask may outlive that choice of GPU."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -41,7 +41,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def count_lengths(name: str, lengths: BlockLengths) -> int:
-    """How many lengths there are; their values are not looked at."""
+    """The number of lengths; their values are not checked."""
     if isinstance(lengths, Tensor) and lengths.ndim != 1:
         raise ValueError(f"{name}: expected shape [N], got {list(lengths.shape)}")
     if not hasattr(lengths, "__len__"):
@@ -51,7 +51,7 @@ def count_lengths(name: str, lengths: BlockLengths) -> int:
 
 def lengths_list(name: str, lengths: Sequence[int]) -> list[int]:
     """Lengths as ints of 0 or more. NumPy integers are accepted, bools and floats are not."""
-    if torch.compiler.is_compiling():  # they may be symbols there
+    if torch.compiler.is_compiling():  # they may be symbolic
         return [*lengths]
     for n in lengths:
         if not is_int(n):
@@ -64,7 +64,7 @@ def lengths_list(name: str, lengths: Sequence[int]) -> list[int]:
 
 
 def lengths_tensor(name: str, lengths: BlockLengths, device: torch.device) -> Tensor:
-    """Lengths as int64 ``[N]`` on ``device``; values of a tensor are not looked at."""
+    """Lengths as int64 ``[N]`` on ``device``; values of a tensor are not checked."""
     if not isinstance(lengths, Tensor):
         values = torch.tensor(lengths_list(name, lengths), dtype=torch.int64, device="cpu")
         return values.to(device, non_blocking=True)
@@ -85,7 +85,7 @@ def block_edges(name: str, lengths: BlockLengths, device: torch.device) -> Tenso
 
 
 def are_same_lengths(q_lengths: BlockLengths, k_lengths: BlockLengths) -> bool:
-    """Whether both are equal; on a GPU, where values are not read, whether both are one object."""
+    """Whether both are equal; GPU tensors, which are not read, only if they are one object."""
     if q_lengths is k_lengths:
         return True
     if any(isinstance(x, Tensor) and not on_host(x) for x in (q_lengths, k_lengths)):

@@ -1,12 +1,14 @@
-"""The attention engine on a CPU: PyTorch's fused attention on chunks of query rows.
+"""Interval attention on a CPU: PyTorch's fused attention on chunks of query rows.
 
-Neighbouring rows that see the same keys (a frame, a set) go through one call on just those keys,
-without a mask. Shorter runs of rows are joined to chunks of at least `MIN_ROWS` rows, so that the
-products stay long. Only such a chunk needs a mask, [rows, keys]. Memory is O(MIN_ROWS x T), never
-T x T.
+Used by `interval_attention.py` and `set_masked.py` for CPU tensors; formulas are in the former.
 
-This calls the operators beneath `torch.nn.functional.scaled_dot_product_attention`, which return
-the lse. Given the lse, the backward need not repeat the forward.
+A long run of rows that see the same keys (a frame, a set) is one chunk: one call on just those
+keys. It needs no mask, unless keys in between are unseen or batch rows differ. Shorter runs are
+joined to chunks of at least `MIN_ROWS` rows, so that matrix products stay large. Their rows see
+different keys, so they need a mask [rows, keys]. Memory is O(MIN_ROWS x T), never T x T.
+
+This calls the operators beneath `torch.nn.functional.scaled_dot_product_attention` because they
+return the lse, and a backward that takes the lse does not repeat the forward.
 """
 
 import itertools
@@ -26,8 +28,8 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Chunk(NamedTuple):
-    rows: slice
-    keys: list[slice]  # every key that some row of the chunk sees, in order
+    rows: slice  # of the queries
+    keys: list[slice]  # disjoint, in order; they hold every key that some row sees
     mask: Tensor | None  # [B or 1, 1, rows, keys] added to the scores; None: all rows see all keys
 
 
@@ -42,8 +44,8 @@ def interval_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """``out`` like q and ``lse`` [B, H, Tq].
 
-    ``begin``, ``end`` are int32 [I, B or 1, Tq]. With ``order`` [B or 1, Tq] they belong to the
-    queries in that order, which are then selected one chunk at a time.
+    ``begin`` and ``end`` are int32 [I, B or 1, Tq]. With ``order`` [B or 1, Tq], their row i
+    belongs to query ``order[i]``. Queries are then selected chunk by chunk, not all at once.
     """
     out = torch.empty_like(q) if order is None else empty_selected(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -73,8 +75,8 @@ def interval_attention_bwd(
     dq = torch.empty_like(q) if order is None else empty_selected(q)
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dk, dv = (torch.zeros_like(x, dtype=sum_dtype) for x in (k, v))
-    # p = exp(s - lse) must be 0 for a row that sees nothing: s is -inf there, so lse may be any
-    # finite number, but not -inf.
+    # A row that sees nothing has s = lse = -inf, and -inf - -inf is NaN. With any finite lse,
+    # p = exp(s - lse) is 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     for chunk in _chunks(begin, end, q.dtype):
         do_, q_, out_, lse_ = (_get(x, chunk.rows, order) for x in (do, q, out, lse))
@@ -85,18 +87,21 @@ def interval_attention_bwd(
 
 
 def set_attention_fwd(q, k, v, order_q, order_k, begin, end, softmax_scale):
-    """`interval_attention_fwd` of tokens sorted by their orders; results in the order of q."""
+    """`interval_attention_fwd` of queries and keys sorted by ``order_q`` and ``order_k``.
+
+    The intervals are those of the sorted tokens; results are in the original order of q.
+    """
     k, v = select_tokens(k, order_k), select_tokens(v, order_k)
     return interval_attention_fwd(q, k, v, begin, end, softmax_scale, order_q)
 
 
 def set_attention_bwd(do, dlse, q, k, v, out, lse, order_q, order_k, begin, end, softmax_scale):
-    """`interval_attention_bwd` of tokens sorted by their orders; results in those of q and k."""
+    """The backward of `set_attention_fwd`; gradients are in the original order of q and k."""
     k, v = select_tokens(k, order_k), select_tokens(v, order_k)
     dq, dk, dv = interval_attention_bwd(
         do, dlse, q, k, v, out, lse, begin, end, softmax_scale, order_q
     )
-    del k, v  # frees their memory for the gradients below
+    del k, v  # frees memory for the gradients in original order
     back = order_k.argsort(dim=-1)
     dk = select_tokens(dk, back)
     return dq, dk, select_tokens(dv, back)
@@ -105,8 +110,8 @@ def set_attention_bwd(do, dlse, q, k, v, out, lse, order_q, order_k, begin, end,
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse`` of the rows of a chunk, all heads."""
-    if not chunk.keys or q.shape[1] == 0:  # no heads, as on a rank that was given none
+    """``out`` and ``lse`` of a chunk, for q [B, H, rows, D] and all of k, v [B, Hkv, Tk, D]."""
+    if not chunk.keys or q.shape[1] == 0:  # no heads, e.g. on a distributed rank without any
         return torch.zeros_like(q), q.new_zeros(q.shape[:3])
     k, v = (_take(x, chunk.keys) for x in (k, v))
     parts = [
@@ -130,7 +135,7 @@ def _attend_backward(
     chunk: Chunk,
     softmax_scale: float,
 ) -> Tensor:
-    """``dq`` of the rows of a chunk; adds their share of ``dk`` and ``dv`` to these."""
+    """``dq`` of the rows of a chunk. Adds their contributions to ``dk`` and ``dv`` in place."""
     if not chunk.keys or q.shape[1] == 0:
         return torch.zeros_like(q)
     k, v = (_take(x, chunk.keys) for x in (k, v))
@@ -150,12 +155,12 @@ def _attend_backward(
 
 
 def _get(x: Tensor, rows: slice, order: Tensor | None) -> Tensor:
-    """Tokens ``rows``, of the tokens in ``order`` if there is one."""
+    """Tokens ``rows`` of ``x``, or tokens ``order[:, rows]`` if there is an order."""
     return x[:, :, rows] if order is None else select_tokens(x, order[:, rows])
 
 
 def _put(out: Tensor, rows: slice, order: Tensor | None, x: Tensor) -> None:
-    """Writes what `_get` reads."""
+    """Writes ``x`` to the tokens of ``out`` that `_get` would read."""
     if order is None:
         out[:, :, rows] = x
     else:
@@ -165,10 +170,11 @@ def _put(out: Tensor, rows: slice, order: Tensor | None, x: Tensor) -> None:
 def _with_dlse_columns(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dlse: Tensor
 ) -> list[Tensor]:
-    """Two more head dims that turn delta = do . out into do . out - dlse and change nothing else.
+    """do, q, k, v, out with two more columns, which bring dlse into PyTorch's backward.
 
-    do gets ones and out gets -dlse, as a rounded value and its remainder, so that low precision
-    loses nothing; q, k and v get zeros, so s and do . v stay.
+    PyTorch computes delta = do . out; the columns make it do . out - dlse. They are 1 in do, and in
+    out they sum to -dlse: its value rounded to the dtype of out, and the remainder. They are 0 in
+    q, k and v, so s and do . v do not change.
     """
     high = -dlse.to(out.dtype)
     low = (-dlse - high).to(out.dtype)
@@ -177,19 +183,25 @@ def _with_dlse_columns(
 
 
 def _head_groups(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Query heads that read the key heads in order: all of them, or one of each group at a time."""
+    """Slices of the query heads, each with one query head for every key head, in order.
+
+    There is one slice if q and k have equally many heads, else H / Hkv of them.
+    """
     group = q.shape[1] // k.shape[1]
     return (slice(g, None, group) for g in range(group))
 
 
 def _join_groups(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Joins the parts of `_head_groups` to [B, H, ...]."""
+    """Joins the results of all `_head_groups` to [B, H, ...]."""
     return parts[0] if len(parts) == 1 else torch.stack(parts, dim=2).flatten(1, 2)
 
 
 def _chunks(begin: Tensor, end: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
-    """Chunks that cover all rows: a long run of rows that see the same keys is one, the rows
-    between two such runs are one or more."""
+    """Chunks that cover all rows.
+
+    A run of at least `MIN_ROWS` rows with equal intervals is a chunk. The rows between such runs
+    are cut into chunks of `MIN_ROWS` rows or more; if there are fewer, they are one chunk.
+    """
     n_rows = begin.shape[-1]
     changes = ((begin.diff(dim=-1) != 0) | (end.diff(dim=-1) != 0)).flatten(0, 1).any(dim=0)
     edges = F.pad(changes.nonzero()[:, 0] + 1, (1, 1))
@@ -207,7 +219,7 @@ def _chunks(begin: Tensor, end: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
 
 
 def _chunk(rows: slice, begin: Tensor, end: Tensor, dtype: torch.dtype) -> Chunk:
-    """``begin``, ``end``: the intervals of the rows of the chunk, [I, B or 1, rows]."""
+    """The chunk ``rows``, whose intervals are ``begin``, ``end`` [I, B or 1, rows]."""
     flat_begin, flat_end = begin.flatten(1), end.flatten(1)
     never = torch.iinfo(begin.dtype).max
     first = torch.where(flat_begin < flat_end, flat_begin, never).amin(dim=1).tolist()
@@ -226,7 +238,7 @@ def _chunk(rows: slice, begin: Tensor, end: Tensor, dtype: torch.dtype) -> Chunk
         return Chunk(rows, keys, None)
     n_rows = begin.shape[-1]
     if bool((begin == begin[..., :1]).all() and (end == end[..., :1]).all()):
-        begin, end = begin[..., :1], end[..., :1]  # a long run: all rows share one row of mask
+        begin, end = begin[..., :1], end[..., :1]  # equal rows: build one and expand it
     key = torch.cat(
         [torch.arange(s.start, s.stop, dtype=begin.dtype, device=begin.device) for s in keys]
     )
@@ -244,7 +256,7 @@ def _take(x: Tensor, keys: list[slice]) -> Tensor:
 
 
 def _add(total: Tensor, part: Tensor, keys: list[slice]) -> None:
-    """Adds the gradient of the gathered ``keys`` to the rows they came from."""
+    """Adds ``part``, the gradient of what `_take` selected, to these ``keys`` of ``total``."""
     sizes = [s.stop - s.start for s in keys]
     for s, piece in zip(keys, part.split(sizes, dim=2), strict=True):
         total[:, :, s] += piece

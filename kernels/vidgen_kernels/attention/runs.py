@@ -1,10 +1,10 @@
 """`Runs`: one side of a mask, queries or keys, as runs of tokens with the same intervals.
 
-A mask holds two: for each run of queries the intervals of keys that it sees, and for each run of
-keys the intervals of queries that see it. `intervals.py` builds and combines them.
+A mask holds two `Runs`: for each run of queries the intervals of keys that it sees, and for each
+run of keys the intervals of queries that see it. `intervals.py` builds and combines them.
 
 Legend: I intervals (at most 3), B batch rows of the mask (1 if all share it), R runs, T tokens.
-Positions are int32. Tensors on a GPU are computed there and never read back.
+Positions are int32. What is on a GPU is computed there and never read back.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Runs:
 
     @property
     def n_tokens(self) -> Tensor | int:
-        """The number of tokens: a tensor that is not read back, or an int for runs of one."""
+        """The number of tokens: a tensor (not read back from a GPU), or an int if it is known."""
         if self.stop is None:
             return self.begin.shape[-1]
         return self.stop[0, -1] if self.stop.shape[-1] else 0
@@ -101,14 +101,14 @@ class Runs:
         return Runs(stop, begin, end)
 
     def without(self, begin: Tensor, end: Tensor) -> Runs:
-        """The intervals without positions ``begin..end`` ``[B, 1]``: at most one more interval."""
+        """Cuts positions ``begin..end`` ``[B, 1]`` out of all intervals; may add one interval."""
         left = torch.broadcast_tensors(self.begin, self.end.minimum(begin))
         right = torch.broadcast_tensors(self.begin.maximum(end), self.end)
         pieces = (torch.cat(x) for x in zip(left, right, strict=True))
         return Runs(self.stop, *_tidy(*pieces, limit=len(self.begin) + 1))
 
     def emptied(self, begin: Tensor, end: Tensor) -> Runs:
-        """The same runs; those that start in ``begin..end`` ``[B, 1]`` see nothing."""
+        """The same runs, but those that start in ``begin..end`` ``[B, 1]`` see nothing."""
         keep = ((self.starts < begin) | (self.starts >= end)).to(torch.int32)
         return Runs(self.stop, self.begin * keep, self.end * keep)
 
@@ -120,15 +120,19 @@ class Runs:
                 torch._dynamo.maybe_mark_dynamic(x, x.ndim - 1)
 
     def to(self, device: torch.device) -> Runs:
-        # a blocking copy would wait for the GPU; for these few bytes the driver buffers the source
+        # A blocking copy would wait for the GPU. These few bytes are buffered by the driver, so the
+        # source may be freed at once.
         stop = None if self.stop is None else self.stop.to(device, non_blocking=True)
         begin, end = (x.to(device, non_blocking=True) for x in (self.begin, self.end))
         return Runs(stop, begin, end)
 
 
 def concatenate(runs: Sequence[Runs], others: Sequence[Runs]) -> Runs:
-    """Runs one after another. ``others`` are the other sides of the same masks: each mask's
-    intervals move by the number of tokens that the other sides before it have."""
+    """Joins one side of several masks, one after another.
+
+    ``others`` are the other sides of the same masks. Intervals are positions there, so those of
+    mask i move by the number of tokens in ``others[:i]``.
+    """
     n_intervals = max(len(r.begin) for r in runs)
     n_batch = max(r.batch_size for r in runs)
     stops, begins, ends = [], [], []
@@ -155,7 +159,7 @@ def _tidy(begin: Tensor, end: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     on the lengths, so a new layout does not recompile.
     """
     begin, end = _by_begin(begin, end)
-    for s in range(len(begin) - 1):  # one that touches the next is merged into it
+    for s in range(len(begin) - 1):  # merge an interval that touches the next into it
         touches = (begin[s + 1] <= end[s]) & (begin[s + 1] < end[s + 1])
         carried, rest = torch.where(touches, begin[s], begin[s + 1]), end[s].masked_fill(touches, 0)
         begin = torch.cat([begin[: s + 1], carried[None], begin[s + 2 :]])

@@ -1,7 +1,8 @@
-"""Selecting tokens of ``[B, H, T, ...]`` tensors: whole rows of memory at once.
+"""Reads and writes selected tokens of ``[B, H, T, ...]`` tensors, as rows of memory.
 
-PyTorch moves whole rows several times faster than it gathers element by element. The result has the
-memory layout of the argument: heads before tokens, or tokens before heads.
+`set_masked.py` and `portable.py` use it to sort tokens. PyTorch copies whole rows several times
+faster than it gathers single elements. Results have the memory layout of the argument: [B, H, T]
+or [B, T, H].
 """
 
 import torch
@@ -25,7 +26,7 @@ def put_tokens(out: Tensor, order: Tensor, x: Tensor) -> None:
 
 
 def empty_selected(x: Tensor) -> Tensor:
-    """Uninitialised memory as `select_tokens` returns it for all tokens of ``x``."""
+    """Uninitialised, like ``x``, and dense in the layout that `select_tokens` returns."""
     if _is_token_major(x):
         x = x.transpose(1, 2)
         return torch.empty_like(x, memory_format=torch.contiguous_format).transpose(1, 2)

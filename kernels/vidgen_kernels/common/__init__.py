@@ -1,1 +1,1 @@
-"""What the families of operators share; it knows no operator."""
+"""Code that all families of operators share. It imports none of them."""

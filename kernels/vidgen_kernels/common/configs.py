@@ -1,7 +1,7 @@
-"""How launch configurations are looked up: the newest entry of a table that a device can use.
+"""Looks up launch configurations: the newest entry of a table that a device can use.
 
-The tables stand beside the kernels, in each family's `configs.py`. Nothing is tuned at run time: a
-call is reproducible and can be compiled ahead. `make gpu STAGE=tune` measures candidates.
+The tables are in the `configs.py` of each family. Nothing is tuned at run time, so calls are
+reproducible and kernels can be compiled ahead of time. `make gpu STAGE=tune` measures candidates.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ Config = TypeVar("Config")
 
 
 def of_size(by_size: dict[int, Config], size: int) -> Config:
-    """The entry of the smallest limit that ``size`` does not exceed."""
+    """The entry with the smallest limit of at least ``size``."""
     return by_size[min(limit for limit in by_size if size <= limit)]
 
 
 def of_arch(by_arch: dict[int, Config], arch: int) -> Config:
     """The entry for compute capability ``arch`` (80, 90, ...).
 
-    Architectures in between or older use the next older one's, or sm_80's.
+    An architecture without an entry uses that of the next older one; if there is none, sm_80's.
     """
     return by_arch[max((a for a in by_arch if a <= arch), default=80)]
 
@@ -28,14 +28,14 @@ class RowConfig:
     """Row-wise kernels: a program owns ``rows * tiles`` rows, ``rows`` of them at a time."""
 
     rows: int  # rows per tile, [rows, BLOCK_D]
-    tiles: int  # tiles per program, which loads (or sums) vectors [D] once for all of them
+    tiles: int  # tiles per program; per-column vectors are loaded, or summed, once for all
     num_warps: int
 
     def kwargs(self) -> dict[str, int]:
         return {"ROWS": self.rows, "TILES": self.tiles, "num_warps": self.num_warps}
 
 
-# an interpreted program costs the same for any tile
+# Large: an interpreted program takes about as long for a small tile.
 INTERPRETER_ROWS = RowConfig(64, 2, num_warps=4)
 
 # {kernel: {largest row, in elements: {oldest architecture: configuration}}}

@@ -1,4 +1,4 @@
-"""Checks and conversions of arguments, which public functions make before calling an operator."""
+"""Checks and casts of arguments, which public functions do before they call an operator."""
 
 import math
 from typing import Any, overload
@@ -9,7 +9,7 @@ from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-DEVICES = ("cpu", "cuda", "meta")  # HIP devices are called cuda; meta tensors have shapes alone
+DEVICES = ("cpu", "cuda", "meta")  # AMD GPUs are "cuda" too; meta tensors have no data
 MAX_HEAD_DIM = 256
 
 _MODES = torch._C._TorchDispatchModeKey
@@ -17,7 +17,10 @@ TRACERS = (_MODES.FAKE, _MODES.FUNCTIONAL, _MODES.PROXY)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in the dtype that autocast asks for; ValueError unless the kernels take them."""
+    """Checks q, k, v for the attention kernels and casts them under autocast.
+
+    Returns them with a contiguous last dim. Raises ValueError if the kernels do not take them.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x, None if name == "q" else ("q", q))
         if x.ndim != 4:
@@ -58,16 +61,16 @@ def check_tensor(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) -
 
 
 def check_video(name: str, x: Tensor, like: tuple[str, Tensor] | None = None) -> None:
-    """`check_tensor`, and five dims."""
+    """`check_tensor`, and ValueError unless ``x`` has five dims."""
     check_tensor(name, x, like)
     if x.ndim != 5:
         raise ValueError(f"{name}: expected shape [B, C, T, H, W], got {list(x.shape)}")
 
 
 def is_traced() -> bool:
-    """Whether tensors may stand for others: torch.compile, fake and functional tensors, make_fx.
+    """Whether a trace is under way: torch.compile, fake and functional tensors, make_fx.
 
-    Values may not be read there, and what is built may not be kept for calls outside.
+    Tensors then have no values to read, and new tensors must not be cached for later calls.
     """
     if torch.compiler.is_compiling():
         return True
@@ -80,12 +83,15 @@ def is_traced() -> bool:
 
 
 def is_int(x: Any) -> bool:
-    """True for integers, NumPy's too, not for bools and tensors; not for tracers."""
+    """True for Python and NumPy integers; not for bools and tensors.
+
+    Symbolic integers may not count: see `is_int_or_symbol`.
+    """
     return hasattr(x, "__index__") and not isinstance(x, (bool, Tensor))
 
 
 def is_int_or_symbol(x: Any) -> bool:
-    """`is_int`, and under torch.compile whatever may be one."""
+    """`is_int`; under torch.compile True for all but floats and tensors, as ints may be symbols."""
     if torch.compiler.is_compiling():
         return not isinstance(x, (float, Tensor))
     return is_int(x)
@@ -118,7 +124,7 @@ def contiguous_rows(x: Tensor | None) -> Tensor | None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast asks an operator on ``x`` for: that of ``x`` outside of it."""
+    """The dtype to cast ``x`` to: autocast's, or its own outside of autocast and for fp64."""
     device = x.device.type
     if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -126,11 +132,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def resolve_scale(q: Tensor, softmax_scale: float | None) -> tuple[Tensor, float]:
-    """q and a positive scale for the kernels, whose product is that of the arguments.
+    """q and a positive scale for the kernels; None stands for ``1 / sqrt(D)``.
 
-    Kernels take the maximum of the scores before they scale it, so a scale that is not positive is
-    multiplied into q. So is one that fp32 rounds to 0: times the score of an unseen key, -inf, it
-    would give NaN.
+    The kernels take the maximum of a row before they scale it, so the scale must be positive. One
+    that is not is multiplied into q, and the kernels get 1. The same holds for a scale so small
+    that the kernels may round it to 0: an unseen key has the score -inf, and 0 * -inf is NaN.
     """
     if softmax_scale is None:
         return q, q.shape[-1] ** -0.5
@@ -145,7 +151,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """NotImplementedError for forward-mode derivatives: operators would silently drop them."""
+    """NotImplementedError for forward-mode tangents, which operators would silently drop."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):

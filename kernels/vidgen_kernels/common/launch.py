@@ -1,4 +1,4 @@
-"""What launchers ask before a launch: architecture, precision, whether kernels are interpreted."""
+"""Questions of launchers: which device, which precision, are kernels interpreted?"""
 
 import torch
 import triton.language as tl
@@ -7,19 +7,19 @@ from triton import knobs
 
 
 def is_interpreted() -> bool:
-    """True where ``TRITON_INTERPRET=1`` asks for kernels on CPU tensors."""
+    """Whether ``TRITON_INTERPRET=1`` is set: Triton then interprets kernels on CPU tensors."""
     return knobs.runtime.interpret
 
 
 def accumulator_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of sums: fp32, or fp64 for fp64 inputs."""
+    """The dtype of sums in kernels: fp32, or fp64 for fp64 inputs."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """An fp32 product is made of three TF32 products, unless torch is allowed to use plain TF32.
+    """``input_precision`` of `tl.dot`: three TF32 products for fp32, one if torch may use TF32.
 
-    `fp32_precision` follows all ways to say so; `allow_tf32` may not be read after some of them.
+    `fp32_precision` reflects every way to allow TF32. `allow_tf32` cannot be read after some.
     """
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

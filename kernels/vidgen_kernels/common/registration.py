@@ -1,4 +1,7 @@
-"""Registers launchers as PyTorch operators, for autograd, torch.compile and fake tensors."""
+"""Registers launchers as PyTorch operators, with autograd, torch.compile and fake tensors.
+
+`define_op` makes an operator, `Op.register_autograd` makes it differentiable.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -11,8 +14,8 @@ from torch._ops import OpOverload
 
 from .launch import is_interpreted
 
-# `torch.library.custom_op` and `register_autograd` are not used: their checks at every call take
-# longer than a small kernel.
+# `torch.library.custom_op` and `register_autograd` are not used: their checks and flattening at
+# every call take longer than a small operator.
 LIBRARY = torch.library.Library("vidgen", "FRAGMENT")
 
 _NO_LIST = -1
@@ -32,17 +35,17 @@ class Op:
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
     ) -> None:
-        """As `torch.library.register_autograd`, also for operators with lists of tensors.
+        """Like `torch.library.register_autograd`, lists of tensors included.
 
-        Where the operator takes a list, ``needs_input_grad`` and the gradients that ``backward``
-        returns hold a list. If it returns a list, ``backward`` gets one list of gradients.
+        Where the operator takes a list, ``ctx.needs_input_grad`` and the result of ``backward``
+        have a list too. If the operator returns a list, ``backward`` gets one list of gradients.
         """
         returns_list = str(self.overload._schema.returns[0].type) == "List[Tensor]"
 
         def forward(ctx, keyset, lengths, *flat):
             args = _nest(flat, lengths)
             if torch._C._are_functorch_transforms_active():
-                with torch.enable_grad():  # the outer transforms record it
+                with torch.enable_grad():  # `Function` turns it off; outer transforms need it
                     results = self._below_autograd(keyset, args)
             else:
                 results = self._below_autograd(keyset, args)
@@ -59,15 +62,15 @@ class Op:
         name = self.name.split("::")[1]
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
         function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
-        # torch.func calls an operator once for each of its levels, as it does PyTorch's own;
-        # `Function.apply` would handle all levels at once.
+        # torch.func calls an operator once per transform, and each call must differentiate for that
+        # one alone. `Function.apply` handles all transforms at once, its base class only one.
         apply_at_this_level = super(torch.autograd.Function, function).apply  # pyright: ignore
 
         def on_autograd(keyset, *args):
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 lengths = tuple([len(x) if isinstance(x, list) else _NO_LIST for x in args])
                 flat = _flatten(args, lengths)
-                if torch._C._are_functorch_transforms_active():  # called once for each of them
+                if torch._C._are_functorch_transforms_active():  # one call per transform
                     with enable_single_level_autograd_function():
                         results = apply_at_this_level(keyset, lengths, *flat)
                 else:
@@ -78,8 +81,8 @@ class Op:
         LIBRARY.impl(name, on_autograd, "Autograd", with_keyset=True)
 
     def _below_autograd(self, keyset, args):
-        # Views are not tracked below either: autograd forbids writing in place to a view that an
-        # operator returned.
+        # View tracking is off as well: otherwise a result that the operator made as a view could
+        # not be written in place.
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
@@ -93,13 +96,13 @@ def define_op(
     portable: Callable[..., Any],
     fake: Callable[..., Any],
 ) -> Op:
-    """``vidgen::<name>``, one implementation per device.
+    """Defines the operator ``vidgen::<name>`` with one implementation per device.
 
     Args:
-        launch: runs the Triton kernels: on CUDA tensors, and interpreted on CPU tensors. Its type
+        launch: runs the Triton kernels, on CUDA tensors or interpreted on CPU tensors. Its type
             annotations become the schema.
-        portable: PyTorch on CPU tensors, same arguments.
-        fake: the shapes, strides and dtypes of the results, same arguments.
+        portable: computes the same with PyTorch on CPU tensors, same arguments.
+        fake: returns empty results with the right shapes, strides and dtypes, same arguments.
     """
 
     def on_cuda(*args):
@@ -115,11 +118,11 @@ def define_op(
             run = OPS[name].launch
         if not torch.is_autocast_enabled("cpu"):
             return run(*args)
-        with torch.autocast("cpu", enabled=False):  # the caller has cast what is to be cast
+        with torch.autocast("cpu", enabled=False):  # the caller has already cast the inputs
             return run(*args)
 
     def no_vmap(info, in_dims, *args):
-        # PyTorch's own way is a slow loop, and one in which all slices would draw the same noise
+        # PyTorch would fall back to a slow loop, in which all slices would draw the same noise.
         raise NotImplementedError(f"vidgen::{name} has no vmap: give it the batch as it is")
 
     LIBRARY.define(name + torch.library.infer_schema(launch, mutates_args=()))
@@ -132,7 +135,7 @@ def define_op(
 
 
 def _refuse_bf16(name: str, args: Iterable[Any]) -> None:
-    """Triton's interpreter multiplies and stores the bits of bf16 as if they were integers."""
+    """NotImplementedError for bf16: the interpreter treats its bits as integers."""
     dtypes = [x for x in args if isinstance(x, torch.dtype)] + [x.dtype for x in _tensors(args)]
     if torch.bfloat16 in dtypes:
         raise NotImplementedError(
@@ -142,6 +145,8 @@ def _refuse_bf16(name: str, args: Iterable[Any]) -> None:
 
 
 def refuse_double_backward(backward_op: Op) -> None:
+    """Makes a backward through ``backward_op`` raise NotImplementedError."""
+
     def no_double_backward(ctx, *grads):
         raise NotImplementedError(f"{backward_op.name} has no double backward")
 
@@ -149,7 +154,7 @@ def refuse_double_backward(backward_op: Op) -> None:
 
 
 def _flatten(args: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
-    """Lists replaced by their elements; a list may be None, for a list of None."""
+    """Replaces each list by its elements, and None for a list by as many None."""
     flat = []
     for x, n in zip(args, lengths, strict=True):
         if n == _NO_LIST:
