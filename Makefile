@@ -1,4 +1,4 @@
-# Every target does its own set-up and works again without reinstalling.
+# Every target but gpu does its own set-up and works again without reinstalling.
 # ARGS goes to the command a target runs:  make portable ARGS="-k packed"
 
 PYTHON ?= python3
