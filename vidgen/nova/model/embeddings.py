@@ -5,14 +5,13 @@ Shapes: B batch rows, T frames, C latent channels, D width, N tokens of a frame.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.ops import is_traced
+from vidgen.common.tables import kept
 
 N_FREQUENCIES = 128  # in the embeddings of times, motion and timesteps
 N_TEXT_ROWS = 512  # rows of the table that texts are filled up from
@@ -32,16 +31,11 @@ def sincos(x: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+@kept
 def space_table(
     width: int, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Position embeddings ``[rows * columns, D]``: sines and cosines of column, then of row."""
-    return _kept(_space_table)(width, grid, device, dtype)
-
-
-def _space_table(
-    width: int, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> Tensor:
     angle = grid_positions(grid, device)[..., None] * frequencies(width // 4, device)
     row, col = angle.unbind(1)  # [N, D / 4]
     return torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=-1).to(dtype)
@@ -53,34 +47,15 @@ def grid_positions(grid: tuple[int, int], device: torch.device | str = "cpu") ->
     return torch.cartesian_prod(rows, cols)
 
 
+@kept
 def rotary_positions(
     frames: range, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Frame, row and column of every token, ``[T * N, 3]``."""
-    return _kept(_rotary_positions)(frames, grid, device, dtype)
-
-
-def _rotary_positions(
-    frames: range, grid: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> Tensor:
     place = grid_positions(grid, device).repeat(len(frames), 1)
     time = torch.tensor([*frames], dtype=torch.float32, device=device)
     time = time.repeat_interleave(grid[0] * grid[1])
     return torch.cat([time[:, None], place], dim=1).to(dtype)
-
-
-def _kept(table: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``table`` with its results cached, as they are few and needed at every step.
-
-    Not while tracing: there they become constants of the graph, or stand for other tensors.
-    """
-    return table if is_traced() else functools.partial(_keep, table)
-
-
-@functools.lru_cache(maxsize=64)
-def _keep(table: Callable[..., Tensor], *options) -> Tensor:
-    with torch.inference_mode(False):  # training may use the cached tensor too
-        return table(*options)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

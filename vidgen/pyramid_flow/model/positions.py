@@ -11,11 +11,11 @@ being made. `sequence.pack` calls `rotary_positions`, MM-DiT's `PatchEmbedding` 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vidgen.common.tables import kept
 
 Grid = tuple[int, int, int]
 Column = tuple[Grid, ...]
@@ -50,6 +50,7 @@ def interpolated(n: int, reference: int) -> Tensor:
     return ((torch.arange(n) + 0.5) * (reference / n) - 0.5).clamp(0, reference - 1)
 
 
+@kept
 def rotary_positions(
     columns: tuple[Column, ...], text_length: int, n_axes: int, device: torch.device
 ) -> Tensor:
@@ -63,16 +64,6 @@ def rotary_positions(
         video = coordinates(column) if n_axes == 3 else times(column)[:, None]
         parts += [video.new_zeros(text_length, n_axes), video]
     return torch.cat(parts).to(device)
-
-
-# There are few layouts, each used at every step, so their positions are kept on the device.
-@functools.lru_cache(maxsize=64)
-def kept_rotary_positions(
-    columns: tuple[Column, ...], text_length: int, n_axes: int, device: torch.device
-) -> Tensor:
-    """`rotary_positions`, computed once for each layout."""
-    with torch.inference_mode(False):  # training may use them later
-        return rotary_positions(columns, text_length, n_axes, device)
 
 
 def sincos_table(width: int, n_side: int, spacing: float) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from vidgen.ops import IntervalMask, is_traced
 
 from .config import PATCH
-from .positions import Column, kept_rotary_positions, rotary_positions
+from .positions import Column, rotary_positions
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ def pack(
             mask = IntervalMask.pad_text(mask, text_length, valid[i :: len(columns)])
         masks.append(mask)
     mask = masks[0] if len(masks) == 1 else IntervalMask.pack(masks)
-    make = rotary_positions if is_traced() else kept_rotary_positions
-    positions = make(columns, text_length, n_axes, device) if n_axes else None
+    positions = rotary_positions(columns, text_length, n_axes, device) if n_axes else None
     return Packing(columns, text_length, mask, positions)
 
 
